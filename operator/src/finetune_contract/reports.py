@@ -1,0 +1,201 @@
+"""What a pod tells the operator: progress while it runs, and a report when it exits.
+
+Progress travels in the Kubeflow Trainer protocol (KEP-2779), which `transformers` also speaks. The exit report is the
+container's termination message, at most 4096 bytes of JSON.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import json
+from collections.abc import Mapping
+from typing import Any
+
+MAX_TERMINATION_BYTES = 4096
+"""Kubernetes cuts a termination message at this many bytes."""
+
+
+class ExitCode(enum.IntEnum):
+    """Exit codes of the trainer program, after sysexits.h where it has one."""
+
+    OK = 0
+    USER_CODE = 1
+    """An exception that no class below names."""
+    USAGE = 64
+    """Wrong command line."""
+    DATA = 65
+    """The data set cannot be parsed, or is empty before or after filtering. Not retried."""
+    NO_INPUT = 66
+    """A model, data set or file does not exist. Not retried."""
+    UNAVAILABLE = 69
+    """A remote service did not answer in time. Retried."""
+    INTERNAL = 70
+    """A broken promise of our own, such as a promoted tensor that differs from its checkpoint."""
+    STORAGE_FULL = 73
+    """The workspace has no room. Retried after it has grown."""
+    SUSPENDED = 75
+    """Stopped on request after SIGTERM, state saved where it could be."""
+    NO_PERMISSION = 77
+    """Credentials are missing or refused. Not retried."""
+    CONFIG = 78
+    """Settings that cannot work. Not retried."""
+    OUT_OF_MEMORY = 79
+    """The accelerator ran out of memory. Not retried: the message says which batch to try."""
+    FENCED = 80
+    """A newer attempt owns the workspace."""
+
+
+class Phase(enum.StrEnum):
+    """Phases of a job that run as pods."""
+
+    INSPECT = "inspect"
+    PREPARE = "prepare"
+    TRAIN = "train"
+    PROMOTE = "promote"
+    EVALUATE = "evaluate"
+    PUBLISH = "publish"
+    SERVE = "serve"
+
+
+class Reason(enum.StrEnum):
+    """Why a phase ended; used in exit reports, and by the operator in conditions and events."""
+
+    COMPLETED = "Completed"
+    SUSPENDED = "Suspended"
+    INVALID_CONFIG = "InvalidConfig"
+    DATASET_NOT_FOUND = "DatasetNotFound"
+    DATASET_EMPTY = "DatasetEmpty"
+    DATASET_EMPTY_AFTER_FILTER = "DatasetEmptyAfterFilter"
+    DATASET_INVALID = "DatasetInvalid"
+    MODEL_NOT_FOUND = "ModelNotFound"
+    MODEL_INVALID = "ModelInvalid"
+    CREDENTIALS_REFUSED = "CredentialsRefused"
+    SOURCE_UNAVAILABLE = "SourceUnavailable"
+    STORAGE_FULL = "StorageFull"
+    OUT_OF_MEMORY = "CUDAOutOfMemory"
+    NCCL_ERROR = "NCCLError"
+    NON_FINITE_LOSS = "NonFiniteLoss"
+    RANK_FAILED = "RankFailed"
+    KILLED = "Killed"
+    FENCED = "Fenced"
+    CHECKPOINT_INVALID = "CheckpointInvalid"
+    PROMOTION_INVALID = "PromotionInvalid"
+    EVALUATION_FAILED = "EvaluationFailed"
+    DESTINATION_UNAVAILABLE = "DestinationUnavailable"
+    USER_CODE_ERROR = "UserCodeError"
+
+
+@dataclasses.dataclass(frozen=True)
+class ExitReport:
+    """How one container ended. `details` holds the phase's results under the names listed below.
+
+    inspect: model_bytes, model_parameters, model_type, model_revision, dataset_bytes, dataset_revisions (list).
+    prepare: rows_read, rows_kept, rows_removed, rows_bad, rows_train, rows_holdout, tokens, removed_per_category (map),
+        dataset_digest, report (path below the workspace), model_digest, model_revision.
+    train: step, total_steps, loss, resumed_from_step (or null), checkpoints (steps kept), latest_complete, best (or null).
+    promote: digest, path, checkpoint_step, parameters, bytes.
+    evaluate: scores (task -> metric -> number), baseline (same shape). Held-out rows are the task `holdout` with the
+        metrics loss (nats per answer token), perplexity, and unigram_entropy (nats per answer token, of the answers).
+    publish: destinations (list of URLs with the digest appended).
+    """
+
+    phase: str
+    reason: str
+    message: str
+    """One line: what happened, where."""
+    exit_code: int = 0
+    hint: str = ""
+    """What to do, in the words of the job's spec."""
+    attempt: int = 0
+    rank: int = -1
+    """Rank that failed first; -1: none."""
+    details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def to_termination_message(self) -> str:
+        """Return JSON of at most 4096 bytes; the message is shortened first, from its middle."""
+        report = self
+        while len(text := json.dumps(dataclasses.asdict(report), sort_keys=True)) > MAX_TERMINATION_BYTES:
+            keep = (len(report.message) - (len(text) - MAX_TERMINATION_BYTES) - 8) // 2
+            if keep < 40:
+                report = dataclasses.replace(report, details={}, message=report.message[:1000])
+                continue
+            shorter = f"{report.message[:keep]} ... {report.message[-keep:]}"
+            report = dataclasses.replace(report, message=shorter)
+        return text
+
+    @classmethod
+    def from_termination_message(cls, text: str) -> ExitReport | None:
+        """Parse a termination message; None when it is not one of ours."""
+        try:
+            data = json.loads(text)
+            names = {field.name for field in dataclasses.fields(cls)}
+            return cls(**{name: value for name, value in data.items() if name in names})
+        except (ValueError, TypeError, AttributeError):
+            return None
+
+
+class Metric(enum.StrEnum):
+    """Names of metrics in progress posts. `transformers` posts current_step, total_steps and what the loop logs."""
+
+    STEP = "current_step"
+    TOTAL_STEPS = "total_steps"
+    EPOCH = "epoch"
+    LOSS = "loss"
+    LEARNING_RATE = "learning_rate"
+    TOKENS_PER_SECOND = "tokens_per_second"
+    RESUMED_FROM = "resumed_from_step"
+    LATEST_CHECKPOINT = "latest_checkpoint_step"
+    BEST_CHECKPOINT = "best_checkpoint_step"
+    NUM_CHECKPOINTS = "num_checkpoints"
+    CHECKPOINT_SECONDS = "checkpoint_seconds"
+    ROWS_READ = "rows_read"
+    ROWS_REMOVED = "rows_removed"
+
+
+@dataclasses.dataclass(frozen=True)
+class ProgressReport:
+    """One progress post."""
+
+    percentage: int
+    """0 to 100."""
+    eta_seconds: int | None
+    metrics: Mapping[str, float]
+    updated_at: str
+    """RFC 3339, UTC."""
+
+    def to_body(self) -> dict[str, Any]:
+        """Return the body of the POST, in the shape of KEP-2779: metric values are strings."""
+        status: dict[str, Any] = {
+            "progressPercentage": self.percentage,
+            "metrics": [{"name": name, "value": repr(value)} for name, value in self.metrics.items()],
+            "lastUpdatedTime": self.updated_at,
+        }
+        if self.eta_seconds is not None:
+            status["estimatedRemainingSeconds"] = self.eta_seconds
+        return {"trainerStatus": status}
+
+    @classmethod
+    def from_body(cls, body: Mapping[str, Any]) -> ProgressReport:
+        """Parse such a body. Raises ValueError that names the field at fault."""
+        status = body.get("trainerStatus")
+        if not isinstance(status, Mapping):
+            raise ValueError("trainerStatus: missing")
+        metrics: dict[str, float] = {}
+        for entry in status.get("metrics") or ():
+            try:
+                metrics[str(entry["name"])] = float(entry["value"])
+            except (TypeError, KeyError, ValueError):
+                continue
+        percentage = status.get("progressPercentage")
+        if percentage is None:
+            percentage = 0
+        if not isinstance(percentage, int | float) or not 0 <= percentage <= 100:
+            raise ValueError(f"trainerStatus.progressPercentage: expected 0 to 100, found {percentage!r}")
+        eta = status.get("estimatedRemainingSeconds")
+        return cls(
+            percentage=int(percentage),
+            eta_seconds=int(eta) if isinstance(eta, int | float) else None,
+            metrics=metrics,
+            updated_at=str(status.get("lastUpdatedTime") or ""),
+        )

@@ -1,0 +1,258 @@
+"""The settings of one run, frozen by the operator and read by every pod as mounted JSON.
+
+Every value is resolved: no default is left to the pod. `to_json` and `from_json` are exact inverses; an unknown
+version or field is refused, so that an old image never guesses what a newer operator meant.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+VERSION = 1
+"""Version of this format. Pods accept their own version only."""
+
+
+class RunConfigError(ValueError):
+    """The JSON is not a run configuration of this version; the message names the field."""
+
+
+@dataclasses.dataclass(frozen=True)
+class JobIdentity:
+    """The job that the run belongs to."""
+
+    namespace: str = ""
+    name: str = ""
+    uid: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where a model or a data set comes from."""
+
+    source: str
+    """URL with scheme hf, s3, https, pvc, or a path outside a cluster. `pvc://` is relative to the workspace root."""
+    revision: str = ""
+    """Branch, tag or commit of a hub repository, or version of an S3 object; empty is the newest."""
+    format: str = "auto"
+    """auto, alpaca, evol, sharegpt or messages; for models without meaning."""
+    weight: float = 1.0
+    """Share of the rows to take: 0.5 takes a seeded half, 2.0 every row twice."""
+    secret_prefix: str = ""
+    """Prefix of the credential variables for this source, as in `FINETUNE_MODEL_`; empty: unprefixed variables."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FilterConfig:
+    """What is removed from the data."""
+
+    refusals: bool = True
+    rules: str = "default"
+    """default or legacy."""
+    extra_phrases: tuple[str, ...] = ()
+    fields: tuple[str, ...] = ()
+    """Fields that are searched: instruction, input, output; empty: the answers."""
+    language: str = ""
+    """Two-letter code of the language to apply rules of; empty: all."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetConfig:
+    """The data of the run."""
+
+    sources: tuple[Source, ...]
+    fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Map from our field names (instruction, input, output) to those of the source."""
+    prompt_template: str = "alpaca"
+    """wizardlm, alpaca, vicuna, tokenizer, or a text with `{instruction}` and `{input}`."""
+    filter: FilterConfig = FilterConfig()
+    holdout_fraction: float = 0.02
+    max_bad_rows: int = 0
+    seed: int = 42
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    """The training loop."""
+
+    recipe: str = "efficient"
+    method: str = "full"
+    """full or lora."""
+    epochs: float = 3.0
+    max_steps: int = 0
+    """0: as many as `epochs` needs."""
+    max_length: int = 2048
+    per_device_batch_size: int = 8
+    gradient_accumulation_steps: int = 4
+    learning_rate: float = 2e-5
+    warmup_steps: int = 2
+    scheduler: str = "cosine"
+    precision: str = "bf16"
+    """bf16, fp16 or fp32."""
+    gradient_checkpointing: bool = True
+    packing: bool = True
+    seed: int = 42
+    logging_steps: int = 2
+    lora_rank: int = 16
+    lora_alpha: int = 32
+    lora_target_modules: tuple[str, ...] = ()
+    """Empty: every linear layer of the blocks."""
+    zero_stage: int = 3
+    offload: str = "none"
+    """none, optimizer or all."""
+    deepspeed_config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Keys that are merged over the generated DeepSpeed configuration."""
+    tracking: tuple[str, ...] = ()
+    """Names of trackers: wandb, mlflow."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """The processes of an attempt."""
+
+    nodes: int = 1
+    gpus_per_node: int = 0
+    processes_per_node: int = 1
+    rendezvous_host: str = "127.0.0.1"
+    """Host name of the pod with index 0."""
+    rendezvous_port: int = 29500
+    in_pod_restarts: int = 0
+    """How often a pod may restart crashed ranks by itself before it exits."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When checkpoints are written, which are kept, and which is resumed."""
+
+    every_steps: int = 800
+    """0: by minutes only."""
+    every_minutes: int = 0
+    """0: by steps only."""
+    keep_latest: int = 3
+    keep_best: int = 0
+    best_metric: str = "eval_loss"
+    best_mode: str = "min"
+    resume: str = "LatestComplete"
+    """LatestComplete or Never."""
+    mirror: str = ""
+    """s3:// URL, or empty."""
+    mirror_secret_prefix: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """How the promoted model is scored."""
+
+    holdout: bool = True
+    baseline: bool = True
+    """Score the base model beside the promoted one."""
+    tasks: tuple[str, ...] = ()
+    """lm-eval tasks, the group open-llm-v1, or paths of task YAML files below the workspace."""
+    limit: int = 0
+    """Examples per task; 0: all."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Destination:
+    """Where a promoted model is copied to."""
+
+    destination: str
+    """s3://, pvc:// or hf:// URL."""
+    secret_prefix: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class PromotionConfig:
+    """Which checkpoint becomes the model, and where it goes."""
+
+    select: str = "last"
+    """last or best."""
+    destinations: tuple[Destination, ...] = ()
+    digest: str = ""
+    """Digest of the promoted model; empty until promotion has run."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ServingConfig:
+    """The endpoint."""
+
+    model_name: str = ""
+    """Name under which /v1/models lists the model."""
+    port: int = 8000
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Everything that a pod needs to know."""
+
+    model: Source
+    dataset: DatasetConfig
+    job: JobIdentity = JobIdentity()
+    workspace: str = "/workspace"
+    trust_remote_code: bool = False
+    training: TrainingConfig = TrainingConfig()
+    topology: Topology = Topology()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    promotion: PromotionConfig = PromotionConfig()
+    serving: ServingConfig = ServingConfig()
+    version: int = VERSION
+
+    def to_json(self) -> str:
+        """Return the settings as JSON with sorted keys: equal settings give equal text."""
+        return json.dumps(dataclasses.asdict(self), sort_keys=True, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> RunConfig:
+        """Parse what `to_json` wrote. Raises RunConfigError that names the field at fault."""
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise RunConfigError(f"the run configuration is not JSON: {error}") from error
+        found = data.get("version") if isinstance(data, dict) else None
+        if found != VERSION:
+            raise RunConfigError(f"version: this image reads run configurations of version {VERSION}, not {found!r}")
+        return typing.cast(RunConfig, _parse(cls, data, "run configuration"))
+
+
+def _parse(wanted: Any, value: Any, path: str) -> Any:
+    """Turn parsed JSON into the annotated type; `path` names the value in errors."""
+    if dataclasses.is_dataclass(wanted):
+        return _parse_dataclass(wanted, value, path)
+    origin = typing.get_origin(wanted)
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise RunConfigError(f"{path}: expected a list, found {value!r}")
+        item = typing.get_args(wanted)[0]
+        return tuple(_parse(item, element, f"{path}[{index}]") for index, element in enumerate(value))
+    if origin in (Mapping, dict) or isinstance(origin, types.GenericAlias):
+        if not isinstance(value, dict):
+            raise RunConfigError(f"{path}: expected an object, found {value!r}")
+        return value
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if wanted is not Any and (not isinstance(value, wanted) or (wanted is int and isinstance(value, bool))):
+        raise RunConfigError(f"{path}: expected {wanted.__name__}, found {value!r}")
+    return value
+
+
+def _parse_dataclass(wanted: Any, value: Any, path: str) -> Any:
+    if not isinstance(value, dict):
+        raise RunConfigError(f"{path}: expected an object, found {value!r}")
+    hints = typing.get_type_hints(wanted)
+    unknown = sorted(set(value) - set(hints))
+    if unknown:
+        raise RunConfigError(f"{path}.{unknown[0]}: unknown field; is the image older than the operator?")
+    required = {
+        field.name
+        for field in dataclasses.fields(wanted)
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    }
+    missing = sorted(required - set(value))
+    if missing:
+        raise RunConfigError(f"{path}.{missing[0]}: missing")
+    return wanted(**{name: _parse(hints[name], item, f"{path}.{name}") for name, item in value.items()})

@@ -1,0 +1,73 @@
+"""Names and paths under the workspace, the one volume that every pod of a job mounts.
+
+The operator uses them to mount and to report paths, the trainer to read and write. Nothing here touches the disk.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+
+MOUNT_PATH = "/workspace"
+"""Where every pod of a job mounts the workspace."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Workspace:
+    """The folders and well-known files of one job, below `root`."""
+
+    root: pathlib.Path = pathlib.Path(MOUNT_PATH)
+    """The job's folder: the mount path in a pod, any folder outside a cluster."""
+
+    @property
+    def lock_file(self) -> pathlib.Path:
+        """JSON `{"uid", "namespace", "name"}` of the job that owns this folder; another job's pods refuse to start."""
+        return self.root / ".finetune-job.json"
+
+    @property
+    def base_model(self) -> pathlib.Path:
+        """The downloaded base model in Hugging Face layout."""
+        return self.root / "models" / "base"
+
+    @property
+    def base_model_manifest(self) -> pathlib.Path:
+        """Written last by `prepare`: source, revision and digest of the base model. Without it the model is absent."""
+        return self.root / "models" / "base.json"
+
+    @property
+    def datasets(self) -> pathlib.Path:
+        """One folder per prepared data set, named by the digest of its source rows and rules."""
+        return self.root / "datasets"
+
+    @property
+    def current_dataset(self) -> pathlib.Path:
+        """JSON `{"digest"}` of the prepared data set in use."""
+        return self.datasets / "current.json"
+
+    def dataset(self, digest: str) -> pathlib.Path:
+        """The folder of one prepared data set: train.jsonl, holdout.jsonl, removed.jsonl, report.json."""
+        return self.datasets / digest
+
+    @property
+    def checkpoints(self) -> pathlib.Path:
+        """Folders `checkpoint-<step>`, `attempt.json` (the newest attempt) and `quarantine/`."""
+        return self.root / "checkpoints"
+
+    @property
+    def attempt_file(self) -> pathlib.Path:
+        """JSON `{"attempt"}`: the newest attempt on this workspace; an older attempt's writer stops when it sees it."""
+        return self.checkpoints / "attempt.json"
+
+    @property
+    def output(self) -> pathlib.Path:
+        """One folder per promoted model, named by its digest."""
+        return self.root / "output"
+
+    def promoted_model(self, digest: str) -> pathlib.Path:
+        """The promoted model with this digest."""
+        return self.output / digest
+
+    @property
+    def reports(self) -> pathlib.Path:
+        """One JSON file per phase, and `metrics.jsonl` with one line per logged training step."""
+        return self.root / "reports"
