@@ -1,0 +1,1 @@
+"""Instruction data: formats, the refusal filter, prompts, the split, and the prepared data set. Needs no torch."""
