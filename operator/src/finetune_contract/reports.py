@@ -93,7 +93,8 @@ class ExitReport:
     inspect: model_bytes, model_parameters, model_type, model_revision, dataset_bytes, dataset_revisions (list).
     prepare: rows_read, rows_kept, rows_removed, rows_bad, rows_train, rows_holdout, tokens, removed_per_category (map),
         dataset_digest, report (path below the workspace), model_digest, model_revision.
-    train: step, total_steps, loss, resumed_from_step (or null), checkpoints (steps kept), latest_complete, best (or null).
+    train: step, total_steps, loss, resumed_from_step (or null), checkpoints (steps kept), latest_complete,
+        best (or null).
     promote: digest, path, checkpoint_step, parameters, bytes.
     evaluate: scores (task -> metric -> number), baseline (same shape). Held-out rows are the task `holdout` with the
         metrics loss (nats per answer token), perplexity, and unigram_entropy (nats per answer token, of the answers).
