@@ -1,0 +1,1 @@
+"""The FineTuneJob API: pydantic models, which are the one source of the CRD, its prose and the API reference."""

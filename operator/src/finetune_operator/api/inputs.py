@@ -1,0 +1,124 @@
+"""What goes into a job: the base model and the instruction data."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from finetune_operator.api.base import Model, Rule
+from finetune_operator.api.pods import SecretRef
+from finetune_operator.api.scalars import Revision, SourceUrl
+
+DatasetFormat = Literal["auto", "alpaca", "evol", "sharegpt", "messages"]
+
+PROMPT_TEMPLATES = ("wizardlm", "alpaca", "vicuna", "tokenizer")
+"""Templates that a job may name."""
+
+
+class BaseModelSource(Model):
+    """The base model."""
+
+    source: SourceUrl
+    """Folder in Hugging Face layout: hf://organisation/name, s3://bucket/prefix, pvc://path on the workspace, or
+    https:// of a tar archive."""
+    revision: Revision | None = None
+    """Branch, tag or commit of a hub repository; the newest by default. What it means today is kept in
+    status.resolved.modelRevision."""
+    secret_ref: SecretRef | None = None
+    """Secret with credentials for the source; by default the pod's identity is used."""
+
+
+class DatasetSource(Model):
+    """One of several sources."""
+
+    source: SourceUrl
+    """File or folder: hf://, s3://, https:// or pvc://."""
+    revision: Revision | None = None
+    """Branch, tag or commit of a hub repository, or version of an object; the newest by default."""
+    format: DatasetFormat | None = None
+    """Format of the rows; by default the one of the data set."""
+    weight: Annotated[float, Field(ge=0.0001, le=100)] = 1.0
+    """Share of the rows to take: 0.5 takes a seeded half, 2 every row twice."""
+    secret_ref: SecretRef | None = None
+    """Secret with credentials for this source."""
+
+
+class DatasetFields(Model):
+    """Names of the source's columns where they differ from ours."""
+
+    instruction: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+    """Column with the instruction."""
+    input: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+    """Column with the input that goes with the instruction."""
+    output: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+    """Column with the answer."""
+    messages: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+    """Column with the turns of a conversation."""
+
+
+class DatasetFilter(Model):
+    """Which rows are removed. Every removed row is kept in the report with the rule that removed it."""
+
+    refusals: bool = True
+    """Remove rows whose answer refuses, moralises or speaks as a language model."""
+    rules: Literal["default", "legacy"] = "default"
+    """`default`: word rules with categories; `legacy`: the phrase list of the unfiltered WizardLM data set."""
+    extra_phrases: Annotated[list[Annotated[str, Field(min_length=1, max_length=256)]], Field(max_length=1000)] = []
+    """Phrases that remove a row, besides the rules."""
+    fields: Annotated[list[Literal["instruction", "input", "output"]], Field(max_length=3)] = []
+    """Fields that are searched; by default the answers (`output`)."""
+    language: Annotated[str, Field(pattern="^[a-z]{2}$", max_length=2)] | None = None
+    """Two-letter code of the language whose rules apply; by default all."""
+
+
+class Dataset(Model):
+    """The instruction data."""
+
+    source: SourceUrl | None = None
+    """File or folder with the rows: hf://, s3://, https:// or pvc://. JSON, JSON lines or Parquet."""
+    sources: Annotated[list[DatasetSource], Field(max_length=32)] = []
+    """Several sources, mixed by weight, instead of `source`."""
+    revision: Revision | None = None
+    """Branch, tag or commit of a hub repository, or version of an object; the newest by default."""
+    format: DatasetFormat = "auto"
+    """Format of the rows; `auto` reads it from the first rows."""
+    fields: DatasetFields | None = None
+    """Names of the source's columns where they differ from ours."""
+    prompt_template: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
+    """wizardlm, alpaca, vicuna, tokenizer (the model's own chat template), or a text with `{instruction}` and `{input}`.
+    By default the recipe's: wizardlm for wizardlm-freeform, otherwise alpaca."""
+    filter: DatasetFilter = DatasetFilter()
+    """Which rows are removed."""
+    holdout_fraction: Annotated[float, Field(ge=0, le=0.5)] = 0.02
+    """Share of the rows kept out of training and used to evaluate."""
+    max_bad_rows: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
+    """How many rows may be unreadable before the data set is refused."""
+    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 42
+    """Seed of the split and the mixing."""
+    secret_ref: SecretRef | None = None
+    """Secret with credentials for `source`."""
+
+    validations = (
+        Rule(
+            "has(self.source) != (has(self.sources) && size(self.sources) > 0)",
+            "write exactly one of source (one URL) and sources (a list)",
+            lambda dataset: (dataset.source is None) == bool(dataset.sources),
+        ),
+        Rule(
+            "has(self.source) || !(has(self.revision) || has(self.secretRef))",
+            "with sources, write revision and secretRef in each entry of sources",
+            lambda dataset: dataset.source is not None or (dataset.revision is None and dataset.secret_ref is None),
+        ),
+        Rule(
+            "!has(self.promptTemplate) || self.promptTemplate in ['wizardlm', 'alpaca', 'vicuna', 'tokenizer']"
+            " || self.promptTemplate.contains('{instruction}')",
+            "write wizardlm, alpaca, vicuna, tokenizer, or a text that contains {instruction}",
+            lambda dataset: (
+                dataset.prompt_template is None
+                or dataset.prompt_template in PROMPT_TEMPLATES
+                or "{instruction}" in dataset.prompt_template
+            ),
+            field="promptTemplate",
+        ),
+    )

@@ -1,0 +1,121 @@
+"""What comes out of a job: scores, the promoted model and its copies, the endpoint."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from finetune_operator.api.base import Model, Rule
+from finetune_operator.api.pods import PodTemplate, SecretRef
+from finetune_operator.api.scalars import DestinationUrl, DnsLabel
+
+TaskName = Annotated[str, Field(min_length=1, max_length=512)]
+
+
+class Gate(Model):
+    """A score that the model must reach before it is uploaded and served."""
+
+    task: TaskName
+    """Task that is scored; `holdout` for the held-out rows."""
+    metric: Annotated[str, Field(min_length=1, max_length=128)]
+    """Metric of the task, as in acc_norm; for holdout: loss or perplexity."""
+    min: Annotated[float, Field(ge=-1e9, le=1e9)] | None = None
+    """The score must be at least this."""
+    max_regression: Annotated[float, Field(ge=0, le=1e9)] | None = None
+    """The score may be worse than the base model's by at most this."""
+
+    validations = (
+        Rule(
+            "has(self.min) != has(self.maxRegression)",
+            "write exactly one of min and maxRegression",
+            lambda gate: (gate.min is None) != (gate.max_regression is None),
+        ),
+    )
+
+
+class Evaluation(Model):
+    """How the promoted model is scored."""
+
+    tasks: Annotated[list[TaskName], Field(max_length=32)] = []
+    """lm-eval tasks by name, the group open-llm-v1, or task files (YAML) on the workspace."""
+    holdout: bool = True
+    """Score the held-out rows: loss and perplexity."""
+    baseline: bool = True
+    """Score the base model beside the promoted one."""
+    limit: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
+    """Examples per task; by default all."""
+    gates: Annotated[list[Gate], Field(max_length=32)] = []
+    """Scores that must be reached before the model is uploaded and served."""
+    pod: PodTemplate | None = None
+    """Settings of the evaluation pod, merged over spec.pod."""
+
+    validations = (
+        Rule(
+            "self.baseline || !has(self.gates) || !self.gates.exists(gate, has(gate.maxRegression))",
+            "maxRegression compares with the base model: set baseline: true, or write min",
+            lambda evaluation: (
+                evaluation.baseline or not any(gate.max_regression is not None for gate in evaluation.gates)
+            ),
+            field="baseline",
+        ),
+        Rule(
+            "self.holdout || !has(self.gates) || !self.gates.exists(gate, gate.task == 'holdout')",
+            "a gate needs the held-out rows: set holdout: true, or remove the gate",
+            lambda evaluation: evaluation.holdout or not any(gate.task == "holdout" for gate in evaluation.gates),
+            field="holdout",
+        ),
+    )
+
+
+class Destination(Model):
+    """A place that the promoted model is copied to, below a folder named by its digest."""
+
+    destination: DestinationUrl
+    """s3://bucket/prefix, pvc://path on the workspace, or hf://organisation/name."""
+    secret_ref: SecretRef | None = None
+    """Secret with credentials for the destination."""
+
+
+class Promotion(Model):
+    """Where the promoted model goes, besides /workspace/output."""
+
+    destinations: Annotated[list[Destination], Field(max_length=8)] = []
+    """Places that the promoted model is copied to after the gates."""
+
+
+class Inference(Model):
+    """The OpenAI-compatible endpoint that serves the promoted model."""
+
+    enabled: bool = True
+    """Whether the model is served."""
+    endpoint: DnsLabel | None = None
+    """Name of the endpoint and its Service; by default the job's. A later job with the same endpoint takes it over."""
+    version: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+    """Digest of a promoted model to serve; by default the job's newest. Writing an earlier one goes back to it."""
+    on_delete: Literal["Delete", "Retain"] = "Delete"
+    """Whether the endpoint outlives the job."""
+    runtime: Literal["vllm", "transformers"] | None = None
+    """Server: vllm on GPUs, transformers also on CPUs; by default vllm where the job has GPUs."""
+    replicas: Annotated[int, Field(ge=0, le=100)] = 1
+    """Pods of the endpoint."""
+    gpus_per_replica: Annotated[int, Field(ge=0, le=64)] | None = None
+    """GPUs of each pod; by default 1 with vllm and 0 with transformers."""
+    pod: PodTemplate | None = None
+    """Settings of the endpoint's pods, merged over spec.pod."""
+
+    validations = (
+        Rule(
+            "!has(self.runtime) || self.runtime != 'vllm' || !has(self.gpusPerReplica) || self.gpusPerReplica > 0",
+            "vllm needs GPUs: set gpusPerReplica to at least 1, or runtime: transformers",
+            lambda inference: inference.runtime != "vllm" or inference.gpus_per_replica != 0,
+            field="gpusPerReplica",
+        ),
+    )
+
+
+class Prepare(Model):
+    """How the data is prepared."""
+
+    pod: PodTemplate | None = None
+    """Settings of the inspecting and preparing pods, merged over spec.pod."""

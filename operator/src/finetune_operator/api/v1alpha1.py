@@ -1,0 +1,294 @@
+"""FineTuneJob in version v1alpha1: the spec and status of one job, from instruction data to a served model.
+
+The field docstrings are the CRD's descriptions. The operator parses with `parse_job`; `crd.py` generates the CRD. The
+nested models live in the modules imported here, by subject; import them from this module.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic import Field
+
+from finetune_operator.api.base import Model, Rule, StatusModel, explain_problems
+from finetune_operator.api.inputs import (
+    BaseModelSource,
+    Dataset,
+    DatasetFields,
+    DatasetFilter,
+    DatasetSource,
+)
+from finetune_operator.api.outputs import Destination, Evaluation, Gate, Inference, Prepare, Promotion
+from finetune_operator.api.pods import EnvFrom, EnvVar, ObjectRef, PodResources, PodTemplate, SecretRef, Toleration
+from finetune_operator.api.running import (
+    BestCheckpoints,
+    Checkpoint,
+    CheckpointRetention,
+    FailurePolicy,
+    FailureRule,
+    Mirror,
+    Placement,
+    Resources,
+    Workspace,
+    WorkspaceRetention,
+)
+from finetune_operator.api.scalars import Timestamp
+from finetune_operator.api.status import (
+    Attempt,
+    CheckpointStatus,
+    Condition,
+    DatasetStatus,
+    EvaluationStatus,
+    ExcludedNode,
+    FineTuneJobStatus,
+    LastFailure,
+    Progress,
+    PromotionStatus,
+    Resolved,
+    ServingStatus,
+    State,
+)
+from finetune_operator.api.training import Deepspeed, Lora, Mlflow, Tracking, Training, Wandb
+
+GROUP = "finetune.dev"
+VERSION = "v1alpha1"
+API_VERSION = f"{GROUP}/{VERSION}"
+KIND = "FineTuneJob"
+PLURAL = "finetunejobs"
+
+_JOB_NAME = re.compile("[a-z]([-a-z0-9]{0,43}[a-z0-9])?")
+
+Seconds = Annotated[int, Field(ge=1, le=31536000)]
+
+
+class InvalidManifest(ValueError):
+    """The object is not a valid FineTuneJob; `problems` holds one line per field at fault."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("; ".join(problems))
+        self.problems = problems
+
+
+def _fits_workspace(spec: FineTuneJobSpec) -> bool:
+    return spec.resources.nodes == 1 or spec.workspace.access_mode != "ReadWriteOnce"
+
+
+def _has_gpus_for_fp16(spec: FineTuneJobSpec) -> bool:
+    precision = spec.training.precision or ("fp16" if spec.training.recipe == "wizardlm-freeform" else "bf16")
+    return spec.resources.gpus_per_node > 0 or precision != "fp16"
+
+
+def _keeps_workspace_for_endpoint(spec: FineTuneJobSpec) -> bool:
+    retention = spec.workspace.retention_policy
+    if not spec.inference.enabled:
+        return True
+    keeps_after_delete = spec.inference.on_delete == "Delete" or retention.when_deleted == "Retain"
+    return retention.when_finished == "Retain" and keeps_after_delete
+
+
+def _has_rows_for_gates(spec: FineTuneJobSpec) -> bool:
+    return spec.dataset.holdout_fraction > 0 or not any(gate.task == "holdout" for gate in spec.evaluation.gates)
+
+
+class FineTuneJobSpec(Model):
+    """What the user asks for."""
+
+    model: BaseModelSource
+    """The base model."""
+    dataset: Dataset
+    """The instruction data."""
+    training: Training = Training()
+    """How the model is trained."""
+    resources: Resources = Resources()
+    """What one attempt runs on."""
+    placement: Placement = Placement()
+    """Which nodes the pods run on, and in which queue they wait."""
+    workspace: Workspace = Workspace()
+    """The volume that every pod of the job mounts at /workspace."""
+    checkpoint: Checkpoint = Checkpoint()
+    """When checkpoints are written, which are kept and which is resumed from."""
+    failure_policy: FailurePolicy = FailurePolicy()
+    """What happens after a failure."""
+    evaluation: Evaluation = Evaluation()
+    """How the promoted model is scored."""
+    promotion: Promotion = Promotion()
+    """Where the promoted model goes, besides /workspace/output."""
+    inference: Inference = Inference()
+    """The OpenAI-compatible endpoint that serves the promoted model."""
+    prepare: Prepare = Prepare()
+    """How the data is prepared."""
+    pod: PodTemplate | None = None
+    """Settings of every pod of the job; each phase's own `pod` is merged over them."""
+    suspend: bool = False
+    """Stop and save the job and release its pods; false again resumes it from the last complete checkpoint."""
+    active_deadline_seconds: Seconds | None = None
+    """Time with pods, over all attempts, after which the job fails; by default none."""
+    startup_deadline_seconds: Seconds | None = None
+    """Time an attempt may wait for its pods to run before it fails; by default none."""
+    ttl_seconds_after_finished: Annotated[int, Field(ge=0, le=31536000)] | None = None
+    """Time after which the pods of a finished job are removed; its model stays served. By default they stay."""
+
+    validations = (
+        Rule(
+            "self.resources.nodes == 1 || !has(self.workspace.accessMode)"
+            " || self.workspace.accessMode != 'ReadWriteOnce'",
+            "several nodes cannot share a ReadWriteOnce workspace: set accessMode: ReadWriteMany, or resources.nodes: 1",
+            _fits_workspace,
+            field="workspace.accessMode",
+        ),
+        Rule(
+            "self.resources.gpusPerNode > 0 || (has(self.training.precision) ? self.training.precision != 'fp16'"
+            " : self.training.recipe != 'wizardlm-freeform')",
+            "fp16 needs GPUs: set precision: bf16",
+            _has_gpus_for_fp16,
+            field="training.precision",
+        ),
+        Rule(
+            "!self.inference.enabled || (self.workspace.retentionPolicy.whenFinished == 'Retain'"
+            " && (self.inference.onDelete == 'Delete' || self.workspace.retentionPolicy.whenDeleted == 'Retain'))",
+            "the endpoint serves from the workspace: set whenFinished: Retain (and whenDeleted: Retain with onDelete:"
+            " Retain), or inference.enabled: false",
+            _keeps_workspace_for_endpoint,
+            field="workspace.retentionPolicy",
+        ),
+        Rule(
+            "self.dataset.holdoutFraction > 0.0 || !has(self.evaluation.gates)"
+            " || !self.evaluation.gates.exists(gate, gate.task == 'holdout')",
+            "a gate needs held-out rows: set holdoutFraction above 0, or remove the gate on holdout",
+            _has_rows_for_gates,
+            field="dataset.holdoutFraction",
+        ),
+    )
+
+
+class ObjectMeta(StatusModel):
+    """The metadata that the operator reads."""
+
+    name: str
+    namespace: str = "default"
+    uid: str = ""
+    generation: int = 0
+    resource_version: str = ""
+    labels: dict[str, str] = {}
+    annotations: dict[str, str] = {}
+    finalizers: list[str] = []
+    creation_timestamp: Timestamp | None = None
+    deletion_timestamp: Timestamp | None = None
+
+
+class FineTuneJob(StatusModel):
+    """One job, from instruction data to a served model."""
+
+    api_version: Literal["finetune.dev/v1alpha1"] = "finetune.dev/v1alpha1"
+    """finetune.dev/v1alpha1"""
+    kind: Literal["FineTuneJob"] = "FineTuneJob"
+    """FineTuneJob"""
+    metadata: ObjectMeta
+    """Name, namespace and the rest of the object's metadata."""
+    spec: FineTuneJobSpec
+    """What the user asks for."""
+    status: FineTuneJobStatus = FineTuneJobStatus()
+    """What the operator knows about the job."""
+
+    validations = (
+        Rule(
+            "self.metadata.name.matches('^[a-z]([-a-z0-9]{0,43}[a-z0-9])?$')",
+            "metadata.name: use at most 45 lower-case letters, digits and '-', starting with a letter: the names of"
+            " pods and Services are made from it",
+            lambda job: _JOB_NAME.fullmatch(job.metadata.name) is not None,
+        ),
+    )
+
+
+FROZEN_FIELDS = (
+    *(f"model.{name}" for name in ("source", "revision")),
+    *(
+        f"dataset.{name}"
+        for name in (
+            *("source", "sources", "revision", "format", "fields", "promptTemplate", "filter"),
+            *("holdoutFraction", "maxBadRows", "seed"),
+        )
+    ),
+    *(
+        f"training.{name}"
+        for name in (
+            *("recipe", "method", "epochs", "maxSteps", "maxLength", "learningRate", "warmupSteps", "scheduler"),
+            *("precision", "packing", "seed", "lora"),
+        )
+    ),
+    *(f"workspace.{name}" for name in ("storageClassName", "accessMode", "existingClaim", "subPath")),
+)
+"""Fields below spec that cannot change once the job has started: they decide what it is."""
+
+
+def parse_job(body: Mapping[str, Any]) -> FineTuneJob:
+    """Parse an object as the API server returns it. Raises InvalidManifest with one line per field at fault."""
+    try:
+        return FineTuneJob.model_validate(dict(body), by_alias=True, by_name=False)
+    except pydantic.ValidationError as error:
+        raise InvalidManifest(explain_problems(error, FineTuneJob)) from error
+
+
+__all__ = [
+    "API_VERSION",
+    "FROZEN_FIELDS",
+    "GROUP",
+    "KIND",
+    "PLURAL",
+    "VERSION",
+    "Attempt",
+    "BaseModelSource",
+    "BestCheckpoints",
+    "Checkpoint",
+    "CheckpointRetention",
+    "CheckpointStatus",
+    "Condition",
+    "Dataset",
+    "DatasetFields",
+    "DatasetFilter",
+    "DatasetSource",
+    "DatasetStatus",
+    "Deepspeed",
+    "Destination",
+    "EnvFrom",
+    "EnvVar",
+    "Evaluation",
+    "EvaluationStatus",
+    "ExcludedNode",
+    "FailurePolicy",
+    "FailureRule",
+    "FineTuneJob",
+    "FineTuneJobSpec",
+    "FineTuneJobStatus",
+    "Gate",
+    "Inference",
+    "InvalidManifest",
+    "LastFailure",
+    "Lora",
+    "Mirror",
+    "Mlflow",
+    "ObjectMeta",
+    "ObjectRef",
+    "Placement",
+    "PodResources",
+    "PodTemplate",
+    "Prepare",
+    "Progress",
+    "Promotion",
+    "PromotionStatus",
+    "Resolved",
+    "Resources",
+    "SecretRef",
+    "ServingStatus",
+    "State",
+    "Toleration",
+    "Tracking",
+    "Training",
+    "Wandb",
+    "Workspace",
+    "WorkspaceRetention",
+    "parse_job",
+]
