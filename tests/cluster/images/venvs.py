@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[3]
 CACHE = Path(os.environ.get("FINETUNE_CACHE", Path.home() / ".cache/finetune-operator"))
 UV_VERSION = "0.13.9"
 LIGHT_LOCKS = ["operator/dev.lock"]
-TRAINER_LOCKS = ["images/trainer/requirements.lock", "operator/dev.lock"]
+TRAINER_LOCKS = ["images/trainer/torch.lock", "images/trainer/requirements.lock", "operator/dev.lock"]
 
 
 def say(message: str) -> None:
@@ -56,7 +56,7 @@ def make_uv() -> Path:
         if not binary.exists():
             say(f"installing uv {UV_VERSION}")
             command = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(folder), f"uv=={UV_VERSION}"]
-            if subprocess.run(command).returncode:
+            if subprocess.run(command, check=False).returncode:
                 sys.exit("[venv] pip could not install uv; on Debian: apt-get install python3-pip")
     return binary
 
