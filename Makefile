@@ -1,0 +1,95 @@
+# The one entry point: every pipeline and every document calls these targets.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3.11
+CLUSTER ?= default
+CONTEXT ?=
+PYTEST_FLAGS ?=
+BIN := .venv/bin
+CLUSTER_TOOL := $(PYTHON) tests/cluster/cluster.py
+PYTEST := $(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+##@ Use
+
+.PHONY: help
+help: ## Show the targets
+	@awk 'BEGIN {FS = ":.*##"} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z-]+:.*##/ {printf "  %-16s %s\n", $$1, $$2}' Makefile
+
+.PHONY: demo
+demo: venv ## From nothing to a served model, on the embedded cluster or on CONTEXT=<kubectl context>
+	@$(PYTHON) tests/demo/start.py --cluster "$(CLUSTER)" --context "$(CONTEXT)"
+
+.PHONY: test
+test: venv venv-trainer ## Run every rung that needs no GPU
+	@$(PYTHON) tests/run.py unit chart api trainer cluster
+
+##@ One rung of the tests
+
+.PHONY: test-unit test-chart test-api test-trainer test-cluster test-gpu
+test-unit: venv ## No network, no torch: seconds
+	@$(PYTHON) tests/run.py unit
+test-chart: venv ## Helm templates and the values' schema
+	@$(PYTHON) tests/run.py chart
+test-api: venv ## A real API server, no nodes
+	@$(PYTHON) tests/run.py api
+test-trainer: venv venv-trainer ## DeepSpeed with several ranks, no cluster
+	@$(PYTHON) tests/run.py trainer
+test-cluster: venv ## Real pods on the embedded cluster
+	@$(PYTHON) tests/run.py cluster
+test-gpu: venv-trainer ## Needs a GPU; skipped without one
+	@$(PYTHON) tests/run.py gpu
+
+##@ Develop
+
+.PHONY: venv
+venv: ## Make .venv: operator, light trainer commands, development tools
+	@$(PYTHON) tests/cluster/images/venvs.py light
+
+.PHONY: venv-trainer
+venv-trainer: ## Make .venv-trainer: the training stack
+	@$(PYTHON) tests/cluster/images/venvs.py trainer
+
+.PHONY: fmt
+fmt: venv ## Format the Python code
+	@$(BIN)/ruff format operator tests
+	@$(BIN)/ruff check --fix --quiet operator tests
+
+.PHONY: lint
+lint: venv ## Lint code, import contracts and YAML
+	@$(BIN)/ruff format --check --quiet operator tests || { echo "run: make fmt"; exit 1; }
+	@$(BIN)/ruff check --quiet operator tests
+	@PYTHONPATH=operator/src $(BIN)/lint-imports
+	@$(BIN)/yamllint --strict --format parsable -c .yamllint.yaml .
+
+.PHONY: type
+type: venv ## Check types
+	@$(BIN)/mypy
+
+.PHONY: generate
+generate: venv ## Write what is generated from the models: CRD, chart copy, API reference
+	@$(BIN)/python -m finetune_operator.api.crd
+
+.PHONY: verify
+verify: generate ## Generated files fresh, lint, types, unit tests
+	@git diff --exit-code -- crds charts operator/docs || { echo "generated files differ: commit what make generate wrote"; exit 1; }
+	@$(MAKE) --no-print-directory lint type test-unit
+
+.PHONY: images
+images: ## Build the images into the embedded cluster's store
+	@$(PYTHON) tests/cluster/images/build.py --name "$(CLUSTER)"
+
+##@ The embedded cluster
+
+.PHONY: cluster-up cluster-down kubeconfig
+cluster-up: ## Start it, building what is missing
+	@$(CLUSTER_TOOL) up --name "$(CLUSTER)"
+cluster-down: ## Stop it; nothing stays behind but the cache
+	@$(CLUSTER_TOOL) down --name "$(CLUSTER)"
+kubeconfig: ## Print the path of its kubeconfig
+	@$(CLUSTER_TOOL) kubeconfig --name "$(CLUSTER)"
+
+.PHONY: clean
+clean: ## Remove what was built in the checkout
+	@rm -rf build dist .venv .venv-trainer .pytest_cache .mypy_cache .ruff_cache .hypothesis
