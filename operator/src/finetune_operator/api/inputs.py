@@ -86,8 +86,8 @@ class Dataset(Model):
     fields: DatasetFields | None = None
     """Names of the source's columns where they differ from ours."""
     prompt_template: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
-    """wizardlm, alpaca, vicuna, tokenizer (the model's own chat template), or a text with `{instruction}` and `{input}`.
-    By default the recipe's: wizardlm for wizardlm-freeform, otherwise alpaca."""
+    """wizardlm, alpaca, vicuna, tokenizer (the model's own chat template), or a text with `{instruction}` and
+    `{input}`. By default the recipe's: wizardlm for wizardlm-freeform, otherwise alpaca."""
     filter: DatasetFilter = DatasetFilter()
     """Which rows are removed."""
     holdout_fraction: Annotated[float, Field(ge=0, le=0.5)] = 0.02

@@ -41,7 +41,8 @@ EnvName = Annotated[
 
 class SecretRef(Model):
     """A Secret in the job's namespace whose keys are environment names: HF_TOKEN, WANDB_API_KEY, AWS_ACCESS_KEY_ID,
-    AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL_S3, AWS_REGION, AWS_CA_BUNDLE (PEM text)."""
+    AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL_S3, AWS_REGION, AWS_CA_BUNDLE (PEM text).
+    """
 
     name: Name
     """Name of the Secret."""
@@ -84,7 +85,8 @@ class EnvSource(Model):
 
     validations = (
         Rule(
-            "(has(self.secretKeyRef) ? 1 : 0) + (has(self.configMapKeyRef) ? 1 : 0) + (has(self.fieldRef) ? 1 : 0) == 1",
+            "(has(self.secretKeyRef) ? 1 : 0) + (has(self.configMapKeyRef) ? 1 : 0)"
+            " + (has(self.fieldRef) ? 1 : 0) == 1",
             "write exactly one of secretKeyRef, configMapKeyRef and fieldRef",
             lambda source: len(source.model_fields_set) == 1,
         ),

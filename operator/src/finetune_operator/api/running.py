@@ -201,7 +201,8 @@ class FailureRule(Model):
             " + (has(self.onLogPattern) ? 1 : 0) == 1",
             "write exactly one of onExitCodes, onPodConditions and onLogPattern",
             lambda rule: (
-                sum((rule.on_exit_codes is not None, bool(rule.on_pod_conditions), rule.on_log_pattern is not None)) == 1
+                sum((rule.on_exit_codes is not None, bool(rule.on_pod_conditions), rule.on_log_pattern is not None))
+                == 1
             ),
         ),
     )
@@ -216,4 +217,3 @@ class FailurePolicy(Model):
     """Restart an attempt that has made no step for so long; by default never."""
     rules: Annotated[list[FailureRule], Field(max_length=20)] = []
     """Rules for certain failures; the first that applies wins, and every other failure restarts."""
-

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 from typing import Annotated, Any, Literal
 
 import pydantic
@@ -18,7 +18,7 @@ Name = Annotated[
     Field(min_length=1, max_length=253),
     matching(
         "[a-z0-9]([-a-z0-9.]*[a-z0-9])?",
-        "not a Kubernetes name: use lower-case letters, digits, '-' and '.', starting and ending with a letter or digit",
+        "use lower-case letters, digits, '-' and '.', starting and ending with a letter or digit",
     ),
 ]
 """Name of a Kubernetes object."""
@@ -46,7 +46,9 @@ SourceUrl = Annotated[
 DestinationUrl = Annotated[
     str,
     Field(max_length=2048),
-    matching("(s3|pvc|hf)://[^\\s]+", "start with s3:// (bucket and prefix), pvc:// (a path on the workspace) or hf://"),
+    matching(
+        "(s3|pvc|hf)://[^\\s]+", "start with s3:// (bucket and prefix), pvc:// (a path on the workspace) or hf://"
+    ),
 ]
 """Where a promoted model is copied to."""
 
@@ -118,9 +120,9 @@ ZeroStage = Annotated[
 """ZeRO stage of DeepSpeed."""
 
 Timestamp = Annotated[
-    datetime.datetime,
+    dt.datetime,
     Field(strict=False),
-    pydantic.AfterValidator(lambda time: time.astimezone(datetime.UTC).replace(microsecond=0)),
+    pydantic.AfterValidator(lambda time: time.astimezone(dt.UTC).replace(microsecond=0)),
 ]
 """A point in time, in whole seconds."""
 

@@ -223,7 +223,9 @@ class FineTuneJobStatus(StatusModel):
     """One word for display."""
     conditions: Annotated[
         list[Condition],
-        Field(max_length=32, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]}),
+        Field(
+            max_length=32, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]}
+        ),
     ] = []
     """What holds of the job."""
     start_time: Timestamp | None = None

@@ -37,7 +37,8 @@ class Deepspeed(Model):
 
     validations = (
         Rule(
-            "self.offload != 'all' || !has(self.zeroStage) || type(self.zeroStage) == string || int(self.zeroStage) == 3",
+            "self.offload != 'all' || !has(self.zeroStage) || type(self.zeroStage) == string"
+            " || int(self.zeroStage) == 3",
             "parameters can only be offloaded in stage 3: set zeroStage: 3, or offload: optimizer",
             lambda deepspeed: deepspeed.offload != "all" or deepspeed.zero_stage in (None, "auto", 3),
             field="offload",

@@ -64,7 +64,7 @@ _JOB_NAME = re.compile("[a-z]([-a-z0-9]{0,43}[a-z0-9])?")
 Seconds = Annotated[int, Field(ge=1, le=31536000)]
 
 
-class InvalidManifest(ValueError):
+class InvalidManifestError(ValueError):
     """The object is not a valid FineTuneJob; `problems` holds one line per field at fault."""
 
     def __init__(self, problems: list[str]) -> None:
@@ -135,7 +135,7 @@ class FineTuneJobSpec(Model):
         Rule(
             "self.resources.nodes == 1 || !has(self.workspace.accessMode)"
             " || self.workspace.accessMode != 'ReadWriteOnce'",
-            "several nodes cannot share a ReadWriteOnce workspace: set accessMode: ReadWriteMany, or resources.nodes: 1",
+            "several nodes cannot share a ReadWriteOnce workspace: set accessMode: ReadWriteMany or nodes: 1",
             _fits_workspace,
             field="workspace.accessMode",
         ),
@@ -225,11 +225,11 @@ FROZEN_FIELDS = (
 
 
 def parse_job(body: Mapping[str, Any]) -> FineTuneJob:
-    """Parse an object as the API server returns it. Raises InvalidManifest with one line per field at fault."""
+    """Parse an object as the API server returns it. Raises InvalidManifestError with one line per field at fault."""
     try:
         return FineTuneJob.model_validate(dict(body), by_alias=True, by_name=False)
     except pydantic.ValidationError as error:
-        raise InvalidManifest(explain_problems(error, FineTuneJob)) from error
+        raise InvalidManifestError(explain_problems(error, FineTuneJob)) from error
 
 
 __all__ = [
@@ -265,7 +265,7 @@ __all__ = [
     "FineTuneJobStatus",
     "Gate",
     "Inference",
-    "InvalidManifest",
+    "InvalidManifestError",
     "LastFailure",
     "Lora",
     "Mirror",
