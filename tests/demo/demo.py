@@ -48,21 +48,25 @@ class CheckFailedError(RuntimeError):
     """Something that the demo promises is not so."""
 
 
-def seed_storage(storage: Storage) -> None:
-    """Put the data set and the base model where the example's URLs point."""
-    client = boto3.client(
+def make_s3_client(storage: Storage) -> Any:
+    """Return a boto3 client of the account, as this machine reaches it."""
+    return boto3.client(
         "s3",
         endpoint_url=storage.local_endpoint,
         aws_access_key_id=storage.access_key,
         aws_secret_access_key=storage.secret_key,
         region_name=storage.region,
-        verify=False if storage.local_endpoint.startswith("http://") else None,
         config=botocore.config.Config(
             s3={"addressing_style": "path"},
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
         ),
     )
+
+
+def seed_storage(storage: Storage) -> None:
+    """Put the data set and the base model where the example's URLs point."""
+    client = make_s3_client(storage)
     buckets = {bucket["Name"] for bucket in client.list_buckets()["Buckets"]}
     if "demo" not in buckets:
         client.create_bucket(Bucket="demo")

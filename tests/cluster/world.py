@@ -1,0 +1,71 @@
+"""The embedded cluster as the tests of this rung see it: kubectl, object storage with data in it, and its faults."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+from tests.demo import corpus, tiny_llama
+from tests.demo.demo import Storage, make_s3_client
+from tests.demo.kubectl import Cluster
+
+TOOL = pathlib.Path(__file__).with_name("cluster.py")
+BUCKET = "tests"
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """One running embedded cluster."""
+
+    name: str
+    cluster: Cluster
+    storage: Storage
+    prometheus_url: str
+    images: dict[str, str]
+
+    def tool(self, *arguments: str) -> str:
+        """Run the cluster's own command, as in `tool("stop", "s3")`."""
+        command = (sys.executable, str(TOOL), arguments[0], *arguments[1:], "--name", self.name)
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=300).stdout
+
+    def write_secret(
+        self, namespace: str, name: str = "s3", access_key: str | None = None, secret_key: str | None = None
+    ) -> None:
+        """Create or change a Secret with the storage's keys."""
+        keys = {
+            "AWS_ACCESS_KEY_ID": access_key or self.storage.access_key,
+            "AWS_SECRET_ACCESS_KEY": secret_key or self.storage.secret_key,
+            "AWS_ENDPOINT_URL_S3": self.storage.pod_endpoint,
+            "AWS_REGION": self.storage.region,
+        }
+        metadata = {"name": name, "namespace": namespace}
+        self.cluster.apply({"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "stringData": keys})
+
+    def write_test_data(self) -> None:
+        """Fill the bucket: a small model and data set that work, and one of each that do not."""
+        client = make_s3_client(self.storage)
+        if BUCKET not in {bucket["Name"] for bucket in client.list_buckets()["Buckets"]}:
+            client.create_bucket(Bucket=BUCKET)
+        rows = corpus.make_corpus(240).rows
+        refusals = [{"instruction": "Help?", "input": "", "output": corpus.REFUSALS[0]}] * 5
+        row = '{"instruction": "a", "output": "b"}\n'
+        texts = {
+            "datasets/small.json": json.dumps(rows),
+            "datasets/empty.json": "[]",
+            "datasets/refusals.json": json.dumps(refusals),
+            "datasets/broken.jsonl": row + row + '{"instruction": "a", \n' + row,
+            "models/broken/config.json": "{not json",
+        }
+        for key, text in texts.items():
+            client.put_object(Bucket=BUCKET, Key=key, Body=text.encode())
+        shape = tiny_llama.Shape(vocabulary=1024, hidden=64, layers=2, heads=4, intermediate=128, context=256)
+        with tempfile.TemporaryDirectory() as folder:
+            model = pathlib.Path(folder)
+            tiny_llama.write_tiny_llama(model, (f"{row['instruction']} {row['output']}" for row in rows), shape=shape)
+            for path in sorted(model.iterdir()):
+                client.upload_file(str(path), BUCKET, f"models/tiny/{path.name}")
+            client.upload_file(str(model / "model.safetensors"), BUCKET, "models/broken/model.safetensors")
