@@ -19,7 +19,7 @@ help: ## Show the targets
 
 .PHONY: demo
 demo: venv ## From nothing to a served model, on the embedded cluster or on CONTEXT=<kubectl context>
-	@$(PYTHON) tests/demo/start.py --cluster "$(CLUSTER)" --context "$(CONTEXT)"
+	@$(BIN)/python -m tests.demo --cluster "$(CLUSTER)" --context "$(CONTEXT)"
 
 .PHONY: test
 test: venv venv-trainer ## Run every rung that needs no GPU

@@ -1,8 +1,8 @@
 """One job through everything that happens to a job in production, on a real cluster.
 
-A gate holds it back, a pod is killed, the operator is killed, the API server restarts and the S3 server is away while it
-runs; it is suspended and resumed; its finished pods go by TTL; a later job takes its endpoint over. The
-fixture lives through it once and keeps what it saw; each test reads one promise from that.
+A gate holds it back, a pod is killed, the operator is killed, the API server restarts and the S3 server is away while
+it runs; it is suspended and resumed; its finished pods go by TTL. The fixture lives through it once and keeps what it
+saw; each test reads one promise from that.
 """
 
 import dataclasses
@@ -10,7 +10,6 @@ import json
 import urllib.request
 
 import pytest
-
 from tests.demo.demo import ask, make_s3_client
 from tests.support.jobs import JobHandle, apply_job, make_job
 from tests.support.waiting import eventually
@@ -121,7 +120,9 @@ def _wait_for_gate(job):
 
 def _job_names(world, job):
     selector = f"finetune.dev/job={job.name},finetune.dev/component=train"
-    return [item["metadata"]["name"] for item in world.cluster.read("jobs", "-n", job.namespace, "-l", selector)["items"]]
+    return [
+        item["metadata"]["name"] for item in world.cluster.read("jobs", "-n", job.namespace, "-l", selector)["items"]
+    ]
 
 
 def _read_scraped_metrics(world, job):

@@ -6,7 +6,6 @@ training pod in the middle, follows the job to its endpoint, and checks what it 
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import pathlib
@@ -229,20 +228,8 @@ def report(cluster: Cluster, namespace: str, job: dict[str, Any], killer: PodKil
     check(answer != original, "and differs from the base model's")
 
 
-def main() -> int:
-    """Run the demo. Returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for flag in ("kubeconfig", "context", "kubectl", "helm", "s3-pod-endpoint", "s3-local-endpoint"):
-        parser.add_argument(f"--{flag}", required=True)
-    parser.add_argument("--s3-access-key", required=True)
-    parser.add_argument("--s3-secret-key", required=True)
-    parser.add_argument("--images", required=True, help="JSON file with the references of operator, trainer, inference")
-    arguments = parser.parse_args()
-    cluster = Cluster(arguments.kubeconfig, arguments.context, arguments.kubectl, arguments.helm)
-    storage = Storage(
-        arguments.s3_pod_endpoint, arguments.s3_local_endpoint, arguments.s3_access_key, arguments.s3_secret_key
-    )
-    images = json.loads(pathlib.Path(arguments.images).read_text())
+def run_demo(cluster: Cluster, storage: Storage, images: dict[str, str]) -> int:
+    """Seed, install, apply, follow, check. Returns the exit status."""
     started = time.monotonic()
     try:
         print("Seeding the bucket s3://demo", flush=True)
@@ -261,7 +248,3 @@ def main() -> int:
         return 1
     print(f"\nAll of it holds, {time.monotonic() - started:.0f} s after the start of the seeding.")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -73,7 +73,9 @@ class JobHandle:
 
         return eventually(look, within=within, otherwise=self.describe)
 
-    def wait_for_condition(self, kind: str, value: str = "True", reason: str = "", within: float = 120) -> dict[str, Any]:
+    def wait_for_condition(
+        self, kind: str, value: str = "True", reason: str = "", within: float = 120
+    ) -> dict[str, Any]:
         """Return the condition once it has this value and reason."""
 
         def look() -> dict[str, Any] | None:
@@ -97,10 +99,9 @@ class JobHandle:
     def describe(self) -> str:
         """Say all that a reader of a failed test wants to know: status, pods and their last lines."""
         try:
-            pods = self.cluster.run("get", "pods", "-n", self.namespace, "-l", f"finetune.dev/job={self.name}", "-o", "wide")
-            logs = self.cluster.run(
-                "logs", "-n", self.namespace, "-l", f"finetune.dev/job={self.name}", "--tail=25", "--prefix", "--all-containers"
-            )
+            chosen = ("-n", self.namespace, "-l", f"finetune.dev/job={self.name}")
+            pods = self.cluster.run("get", "pods", *chosen, "-o", "wide")
+            logs = self.cluster.run("logs", *chosen, "--tail=25", "--prefix", "--all-containers")
         except ClusterError as error:
             pods, logs = str(error), ""
         return f"{self.namespace}/{self.name}: {json.dumps(self.status(), indent=1)}\n{pods}\n{logs}"

@@ -1,0 +1,72 @@
+"""`make demo`: bring the embedded cluster up, or take the context that the user names, and run the demo there."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+from tests.cluster.bring_up import BringUpError, bring_up, read_s3_keys
+from tests.demo.demo import Storage, run_demo
+from tests.demo.kubectl import Cluster
+
+CLUSTER_TOOL = pathlib.Path(__file__).resolve().parents[1] / "cluster" / "cluster.py"
+NEEDED = ("DEMO_IMAGES", "S3_ENDPOINT", "S3_ACCESS_KEY", "S3_SECRET_KEY")
+
+
+def main() -> int:
+    """Run the demo. Returns the exit status."""
+    parser = argparse.ArgumentParser(prog="make demo", description=__doc__)
+    parser.add_argument("--cluster", default="default", help="name of the embedded cluster")
+    parser.add_argument("--context", default="", help="run on this kubectl context instead")
+    arguments = parser.parse_args()
+    started = time.monotonic()
+    if arguments.context:
+        return _run_on_context(arguments.context)
+    try:
+        status = bring_up(arguments.cluster)
+    except BringUpError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(
+        f"The cluster is up after {time.monotonic() - started:.0f} s; its kubeconfig: {status['kubeconfig']}",
+        flush=True,
+    )
+    programs = pathlib.Path(status["bin"])
+    cluster = Cluster(status["kubeconfig"], status["context"], str(programs / "kubectl"), str(programs / "helm"))
+    url = status["s3"]["url"]
+    code = run_demo(cluster, Storage(url, url, *read_s3_keys(status)), status["images"])
+    print(f"make demo took {time.monotonic() - started:.0f} s. The cluster stays up; make cluster-down ends it.")
+    return code
+
+
+def _run_on_context(context: str) -> int:
+    missing = [name for name in NEEDED if not os.environ.get(name)]
+    if missing:
+        print(
+            f"CONTEXT={context}: also set {', '.join(missing)}; README.md, "
+            '"The demo on your own cluster", says what each is',
+            file=sys.stderr,
+        )
+        return 2
+    kubeconfig = os.environ.get("KUBECONFIG", str(pathlib.Path.home() / ".kube" / "config"))
+    tools = subprocess.run((sys.executable, str(CLUSTER_TOOL), "tools"), check=True, capture_output=True, text=True)
+    programs = pathlib.Path(tools.stdout.strip())
+    endpoint = os.environ["S3_ENDPOINT"]
+    storage = Storage(
+        endpoint,
+        os.environ.get("S3_LOCAL_ENDPOINT", endpoint),
+        os.environ["S3_ACCESS_KEY"],
+        os.environ["S3_SECRET_KEY"],
+        os.environ.get("S3_REGION", "us-east-1"),
+    )
+    images = json.loads(pathlib.Path(os.environ["DEMO_IMAGES"]).read_text())
+    return run_demo(Cluster(kubeconfig, context, str(programs / "kubectl"), str(programs / "helm")), storage, images)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
