@@ -1,0 +1,60 @@
+"""A workspace that runs full in the middle of training costs no checkpoint, and more space is all it takes to go on."""
+
+import secrets
+
+import pytest
+
+from tests.demo.kubectl import ClusterError
+from tests.support.jobs import apply_job, make_job
+from tests.support.waiting import eventually
+
+
+@pytest.fixture
+def limited_class(world):
+    """A StorageClass whose volumes hold no more than was claimed."""
+    name = f"limited-{secrets.token_hex(3)}"
+    world.cluster.apply(
+        {
+            "apiVersion": "storage.k8s.io/v1",
+            "kind": "StorageClass",
+            "metadata": {"name": name},
+            "provisioner": "finetune.dev/local",
+            "parameters": {"limited": "true"},
+            "allowVolumeExpansion": True,
+            "volumeBindingMode": "WaitForFirstConsumer",
+        }
+    )
+    yield name
+    world.cluster.run("delete", "storageclass", name)
+
+
+def test_a_full_disk_is_named_and_training_goes_on_once_it_has_grown(world, operator, make_namespace, limited_class):
+    job = apply_job(
+        world.cluster,
+        make_namespace("full"),
+        make_job(
+            "full",
+            training={"maxSteps": 40},
+            checkpoint={"everySteps": 2},
+            workspace={"size": "96Mi", "storageClassName": limited_class},
+            evaluation={"holdout": True},
+        ),
+    )
+    complete = eventually(
+        lambda: (job.status().get("checkpoints") or {}).get("latestComplete"), within=300, otherwise=job.describe
+    )
+    pod = next(pod for pod in job.pods("train") if pod["status"]["phase"] == "Running")
+    with pytest.raises(ClusterError, match="No space left"):
+        world.cluster.run(
+            *("exec", "-n", job.namespace, pod["metadata"]["name"], "--"),
+            *("dd", "if=/dev/zero", "of=/workspace/ballast", "bs=1M"),
+        )
+    full = job.wait_for_condition("Stalled", reason="StorageFull", within=180)
+    assert "workspace.size" in full["message"]
+    assert "96Mi" in full["message"] or "bytes" in full["message"] or "MiB" in full["message"]
+    assert job.condition("Finished")["status"] == "False"
+    job.patch(workspace={"size": "256Mi"})
+    job.wait_for_condition("Succeeded", within=420)
+    status = job.status()
+    assert status["attempts"][-1]["resumedFromStep"] >= complete
+    assert status["checkpoints"]["latestComplete"] == 40
