@@ -38,7 +38,7 @@ class DatasetSource(Model):
     """Branch, tag or commit of a hub repository, or version of an object; the newest by default."""
     format: DatasetFormat | None = None
     """Format of the rows; by default the one of the data set."""
-    weight: Annotated[float, Field(ge=0.0001, le=100)] = 1.0
+    weight: Annotated[float, Field(gt=0, le=100)] = 1.0
     """Share of the rows to take: 0.5 takes a seeded half, 2 every row twice."""
     secret_ref: SecretRef | None = None
     """Secret with credentials for this source."""

@@ -87,7 +87,8 @@ def _describe_type(item: Mapping[str, Any]) -> str:
         return f"list of {_describe_type(item['items'])}, at most {item['maxItems']}"
     if "additionalProperties" in item:
         return f"map to {_describe_type(item['additionalProperties'])}"
-    bounds = [f"{sign} {item[key]}" for sign, key in (("≥", "minimum"), ("≤", "maximum")) if key in item]
+    least = ">" if item.get("exclusiveMinimum") else "≥"
+    bounds = [f"{sign} {item[key]}" for sign, key in ((least, "minimum"), ("≤", "maximum")) if key in item]
     return f"{kind} {', '.join(bounds)}".strip()
 
 

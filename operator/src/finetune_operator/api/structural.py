@@ -25,6 +25,8 @@ def _convert(schema: Schema, definitions: Schema) -> Schema:
         result["description"] = " ".join(result["description"].split())
     if "const" in result:
         result["enum"] = [result.pop("const")]
+    for bound in ("minimum", "maximum"):
+        _convert_exclusive(result, bound)
     if "properties" in result:
         result["properties"] = {name: _convert(item, definitions) for name, item in result["properties"].items()}
     if "items" in result:
@@ -54,6 +56,17 @@ def _merge_reference(schema: Schema, definitions: Schema) -> Schema:
     outer = {key: value for key, value in schema.items() if key != "$ref"}
     merged: Schema = definitions[reference.removeprefix("#/$defs/")] | outer
     return merged
+
+
+def _convert_exclusive(result: Schema, bound: str) -> None:
+    """Write an exclusive bound as Kubernetes' older JSON schema does: the bound, and a flag beside it.
+
+    Lower bounds of float fields are whole numbers, exclusive where need be: the API server cuts a fractional bound to a
+    whole number when it compares it with a value that is written as an integer.
+    """
+    key = f"exclusive{bound.capitalize()}"
+    if key in result:
+        result[bound], result[key] = result[key], True
 
 
 def _convert_additional_properties(result: Schema, definitions: Schema) -> None:

@@ -85,7 +85,7 @@ class Training(Model):
     the prompt and numbers of WizardLM's training)."""
     method: Literal["full", "lora"] = "full"
     """Train all weights, or low-rank adapters that promotion merges."""
-    epochs: Annotated[float, Field(ge=0.001, le=1000)] | None = None
+    epochs: Annotated[float, Field(gt=0, le=1000)] | None = None
     """Passes over the data; 3 by default."""
     max_steps: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
     """Optimizer steps, instead of epochs."""
@@ -95,7 +95,7 @@ class Training(Model):
     """Sequences per process and forward pass; 8 by default."""
     gradient_accumulation_steps: Annotated[int, Field(ge=1, le=4096)] | None = None
     """Forward passes per optimizer step; by default 4, or with packing what keeps the real tokens per step."""
-    learning_rate: Annotated[float, Field(ge=1e-9, le=1)] | None = None
+    learning_rate: Annotated[float, Field(gt=0, le=1)] | None = None
     """Peak learning rate; 0.00002 by default."""
     warmup_steps: Annotated[int, Field(ge=0, le=1000000)] | None = None
     """Steps in which the learning rate rises; 2 by default."""
