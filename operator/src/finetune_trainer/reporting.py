@@ -7,7 +7,7 @@ only the newest report.
 from __future__ import annotations
 
 import contextlib
-import datetime
+import datetime as dt
 import json
 import logging
 import os
@@ -19,7 +19,7 @@ import time
 import types
 import urllib.request
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 from finetune_contract import environment
 from finetune_contract.reports import ExitReport, ProgressReport
@@ -38,7 +38,7 @@ class _LogfmtFormatter(logging.Formatter):
     """`time level message key=value ...`: readable in `kubectl logs`, and parsed by every log collector."""
 
     def format(self, record: logging.LogRecord) -> str:
-        stamp = datetime.datetime.fromtimestamp(record.created, datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        stamp = dt.datetime.fromtimestamp(record.created, dt.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         parts = [stamp, record.levelname.lower(), record.getMessage()]
         fields: Mapping[str, Any] = getattr(record, "fields", {})
         parts += [f"{name}={_quote(value)}" for name, value in fields.items()]
@@ -74,7 +74,7 @@ def emit_warning(message: str, /, **fields: Any) -> None:
 
 def now_text() -> str:
     """Return the time as RFC 3339 in UTC."""
-    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return dt.datetime.now(dt.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 class ProgressReporter:
@@ -101,7 +101,7 @@ class ProgressReporter:
         self.num_posted = 0
         """Posts that the operator accepted."""
 
-    def __enter__(self) -> ProgressReporter:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -168,7 +168,7 @@ class ProgressReporter:
             handlers: list[urllib.request.BaseHandler] = [urllib.request.ProxyHandler({})]
             if self._url.startswith("https:"):
                 handlers.append(urllib.request.HTTPSHandler(context=ssl.create_default_context(cafile=ca_path)))
-            request = urllib.request.Request(
+            request = urllib.request.Request(  # noqa: S310 - the operator sets the URL, nobody else
                 self._url, data=json.dumps(report.to_body()).encode(), headers=headers, method="POST"
             )
             # No proxy: the operator is in the cluster, and the token is for nobody else.
@@ -195,7 +195,7 @@ class ProgressBar:
             scaled = unit == "B"
             self._bar = tqdm.tqdm(total=total, desc=title, unit=unit, unit_scale=scaled, file=sys.stderr)
 
-    def __enter__(self) -> ProgressBar:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
