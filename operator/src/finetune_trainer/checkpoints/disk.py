@@ -1,0 +1,62 @@
+"""Room for the next checkpoint, checked before it is written: a full disk must never surprise a save.
+
+Called by rank 0. Sizes come from the last committed checkpoint, or from the number of parameters before there is one.
+"""
+
+from __future__ import annotations
+
+import shutil
+import pathlib
+
+from finetune_contract.reports import ExitCode, Reason
+from finetune_trainer.checkpoints.layout import list_folders
+from finetune_trainer.checkpoints.manifest import ManifestError, read_manifest
+from finetune_trainer.errors import TrainerError
+
+SLACK = 1.02
+"""Share of its size by which a checkpoint may exceed the last one."""
+
+
+def estimate_checkpoint_bytes(num_trained: int, num_saved: int, zero_stage: int) -> int:
+    """Return the size of a checkpoint: optimizer state in fp32, 16-bit weights, and a second copy below ZeRO-3."""
+    copies = 1 if zero_stage == 3 else 2
+    return 12 * num_trained + 2 * copies * num_saved
+
+
+def read_last_bytes(root: pathlib.Path) -> int:
+    """Return the size of the newest committed checkpoint; 0 when there is none."""
+    for folder in reversed(list_folders(root)):
+        try:
+            return read_manifest(folder.path).num_bytes
+        except ManifestError:
+            continue
+    return 0
+
+
+def read_free_bytes(root: pathlib.Path) -> int:
+    """Return how much an unprivileged process may still write."""
+    return shutil.disk_usage(root).free
+
+
+def require_room(root: pathlib.Path, needed_bytes: int) -> None:
+    """Raise TrainerError (StorageFull) with both numbers when the next checkpoint does not fit."""
+    free = read_free_bytes(root)
+    if free >= needed_bytes * SLACK:
+        return
+    raise TrainerError(
+        Reason.STORAGE_FULL,
+        ExitCode.STORAGE_FULL,
+        f"the next checkpoint needs {format_bytes(needed_bytes)}, the workspace has {format_bytes(free)} free; "
+        "the checkpoints before it are whole",
+        "Raise spec.workspace.size, or lower spec.checkpoint.retention.latest.",
+        {"needed_bytes": needed_bytes, "free_bytes": free},
+    )
+
+
+def format_bytes(number: float) -> str:
+    """Return a size as people write it in a manifest."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if number < 1024:
+            return f"{number:.4g} {unit}"
+        number /= 1024
+    return f"{number:.4g} TiB"

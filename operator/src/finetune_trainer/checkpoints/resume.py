@@ -1,0 +1,51 @@
+"""Which checkpoint a starting process resumes from: the newest complete one, whatever lies beside it.
+
+Called by rank 0 of an attempt when it starts, not when its Job is made. What is incomplete or damaged is moved to the
+quarantine, so that it can be looked at and cannot be chosen or overwritten.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+
+from finetune_trainer.checkpoints.layout import Folder, list_folders, next_quarantine_path
+from finetune_trainer.checkpoints.manifest import verify_checkpoint
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """One folder and what is wrong with it."""
+
+    folder: Folder
+    problems: tuple[str, ...]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether it can be resumed from."""
+        return not self.problems
+
+
+def observe_checkpoints(root: pathlib.Path, full: bool = False) -> list[Verdict]:
+    """Verify every checkpoint folder below `root`, oldest step first."""
+    return [Verdict(folder, tuple(verify_checkpoint(folder.path, full))) for folder in list_folders(root)]
+
+
+def choose_resume(verdicts: list[Verdict]) -> Folder | None:
+    """Return the newest complete checkpoint, or None."""
+    complete = [verdict.folder for verdict in verdicts if verdict.is_complete]
+    return max(complete, default=None)
+
+
+def quarantine(root: pathlib.Path, verdicts: list[Verdict]) -> list[Verdict]:
+    """Move the incomplete and damaged folders aside, and return their verdicts; nothing is deleted."""
+    moved = []
+    for verdict in verdicts:
+        if verdict.is_complete:
+            continue
+        target = next_quarantine_path(root, verdict.folder.step)
+        target.parent.mkdir(exist_ok=True)
+        os.rename(verdict.folder.path, target)
+        moved.append(verdict)
+    return moved

@@ -1,0 +1,71 @@
+"""`finetune-trainer train`: fine-tune the model with DeepSpeed, from the newest complete checkpoint if there is one."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pathlib
+import sys
+
+from finetune_contract import environment
+from finetune_contract.reports import ExitCode, ExitReport, Phase, Reason
+from finetune_contract.run_config import RunConfig
+from finetune_contract.workspace import Workspace
+from finetune_trainer.commands import plain
+from finetune_trainer.commands.common import apply_workspace_lock
+from finetune_trainer.reporting import write_exit_report
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of a run in a pod and of a run on plain files."""
+    plain.add_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, and report how it ended."""
+    settings = plain.load_settings(args)
+    workspace = apply_workspace_lock(settings)
+    _set_environment(settings)
+
+    from finetune_trainer.training.inputs import check_settings, read_inputs
+    from finetune_trainer.training.rank import run_rank
+    from finetune_trainer.training.stack import import_stack
+    from finetune_trainer.training.supervisor import run_ranks
+
+    check_settings(settings)
+    attempt = _read_attempt(workspace)
+    import_stack(settings.training.tracking, settings.training.method == "lora")
+    inputs = read_inputs(settings)
+    outcome = run_ranks(lambda: run_rank(inputs, attempt), inputs.run.topology, inputs.run.training)
+    has_stopped = outcome.exit_code == ExitCode.SUSPENDED
+    results = {**outcome.results, "in_pod_restarts": outcome.num_restarts}
+    step, total = results.get("step", 0), results.get("total_steps", 0)
+    message = f"stopped on request at step {step} of {total}" if has_stopped else f"trained {step} steps"
+    reason = Reason.SUSPENDED if has_stopped else Reason.COMPLETED
+    report = ExitReport(Phase.TRAIN, reason, message, outcome.exit_code, attempt=attempt, details=results)
+    # Results live with rank 0; the other nodes' pods only say that they ended.
+    node = int(os.environ.get(environment.NODE_RANK) or 0)
+    write_exit_report(report, workspace if node == 0 else None)
+    return outcome.exit_code
+
+
+def _read_attempt(workspace: Workspace) -> int:
+    """Return the attempt's number; outside a cluster each run is a newer attempt."""
+    from finetune_trainer.checkpoints.attempt import read_newest_attempt
+
+    return int(os.environ.get(environment.ATTEMPT) or read_newest_attempt(workspace.attempt_file) + 1)
+
+
+def _set_environment(settings: RunConfig) -> None:
+    """Set what the libraries read when they are imported; a pod has these from the operator."""
+    if settings.topology.gpus_per_node == 0:
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        threads = (os.cpu_count() or 1) // settings.topology.processes_per_node
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
+    else:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # DeepSpeed's native op is built with ninja, found beside this program's interpreter.
+    here = str(pathlib.Path(sys.executable).parent)
+    if here not in os.environ.get("PATH", "").split(os.pathsep):
+        os.environ["PATH"] = here + os.pathsep + os.environ.get("PATH", "")

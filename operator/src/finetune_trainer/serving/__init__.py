@@ -1,0 +1,1 @@
+"""Answers of a promoted model: once on the command line, or over HTTP."""

@@ -1,0 +1,134 @@
+"""What the ranks share, made once before they are forked: settings checked, tokenizer, tokenized and packed rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+from finetune_contract.reports import ExitCode, Reason
+from finetune_contract.run_config import RunConfig
+from finetune_contract.workspace import Workspace
+from finetune_trainer.errors import TrainerError
+from finetune_trainer.reporting import emit, emit_warning
+from finetune_trainer.training import modeling, packing, tokens
+
+RECIPE_ACCUMULATION = 4
+"""Accumulation of the recipe of origin; what `0` (automatic) keeps the examples per step of."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """Everything a rank needs besides its rank."""
+
+    run: RunConfig
+    """The settings with every automatic value resolved."""
+    base_model: pathlib.Path
+    tokenizer: Any
+    train: tokens.TokenizedRows
+    holdout: tokens.TokenizedRows
+    """Empty unless checkpoints are ranked by a metric."""
+    is_packed: bool
+
+
+def find_dataset(run: RunConfig) -> pathlib.Path:
+    """Return the folder of the prepared data set in use."""
+    workspace = Workspace(pathlib.Path(run.workspace))
+    try:
+        digest = json.loads(workspace.current_dataset.read_text())["digest"]
+    except (OSError, ValueError, KeyError) as error:
+        path = pathlib.Path(run.dataset.sources[0].source) if run.dataset.sources else None
+        if path is not None and (path / "train.jsonl").is_file():
+            return path
+        raise TrainerError(
+            Reason.DATASET_NOT_FOUND,
+            ExitCode.NO_INPUT,
+            f"no prepared data set: {workspace.current_dataset} is missing",
+            "Run `finetune-trainer prepare` first.",
+        ) from error
+    return workspace.dataset(digest)
+
+
+def check_settings(run: RunConfig) -> None:
+    """Raise TrainerError for settings that cannot work on this machine."""
+    if run.training.precision == "fp16" and run.topology.gpus_per_node == 0:
+        raise TrainerError(
+            Reason.INVALID_CONFIG,
+            ExitCode.CONFIG,
+            "spec.training.precision: fp16 needs GPUs, and spec.resources.gpusPerNode is 0",
+            "Set spec.training.precision to bf16 or fp32.",
+        )
+
+
+def read_inputs(run: RunConfig) -> Inputs:
+    """Read and tokenize the data; the slow part of a start besides imports, paid once for all ranks."""
+    check_settings(run)
+    base_model = modeling.find_base_model(run)
+    config = modeling.read_config(base_model, run.trust_remote_code)
+    tokenizer = modeling.load_tokenizer(base_model, run.trust_remote_code)
+    max_length = _choose_length(run, config)
+    folder = find_dataset(run)
+    train = _tokenize(folder / "train.jsonl", run, tokenizer, max_length)
+    is_packed = _choose_packing(run, config)
+    num_examples = len(train.rows)
+    if is_packed:
+        train = tokens.pack(train, max_length)
+    ranks = run.topology.nodes * run.topology.processes_per_node
+    batch = run.training.per_device_batch_size * ranks
+    accumulation = packing.choose_accumulation(
+        run.training.gradient_accumulation_steps,
+        batch,
+        num_examples / len(train.rows),
+        batch * RECIPE_ACCUMULATION,
+    )
+    training = dataclasses.replace(
+        run.training, max_length=max_length, packing=is_packed, gradient_accumulation_steps=accumulation
+    )
+    run = dataclasses.replace(run, training=training)
+    holdout = tokens.TokenizedRows([])
+    if run.checkpoint.keep_best > 0:
+        holdout = _tokenize(folder / "holdout.jsonl", run, tokenizer, max_length)
+    emit("rows tokenized", examples=num_examples, rows=len(train.rows), tokens=train.num_tokens, packed=is_packed)
+    return Inputs(run, base_model, tokenizer, train, holdout, is_packed)
+
+
+def _tokenize(path: pathlib.Path, run: RunConfig, tokenizer: Any, max_length: int) -> tokens.TokenizedRows:
+    conversations = tokens.read_conversations(path)
+    rows = tokens.tokenize(conversations, run.dataset.prompt_template, tokenizer, max_length)
+    if rows.num_dropped or rows.num_truncated:
+        emit_warning(
+            "rows longer than spec.training.maxLength",
+            file=path.name,
+            max_length=max_length,
+            truncated=rows.num_truncated,
+            dropped_without_answer=rows.num_dropped,
+        )
+    if not rows.rows:
+        raise TrainerError(
+            Reason.DATASET_EMPTY,
+            ExitCode.DATA,
+            f"{path}: no row has an answer within {max_length} tokens ({rows.num_dropped} rows dropped)",
+            "Raise spec.training.maxLength, or look at the data.",
+        )
+    return rows
+
+
+def _choose_length(run: RunConfig, config: Any) -> int:
+    limit = modeling.limit_length(config)
+    if run.training.max_length > limit:
+        emit_warning(
+            "spec.training.maxLength is more than the model takes", asked=run.training.max_length, used=limit
+        )
+    return min(run.training.max_length, limit)
+
+
+def _choose_packing(run: RunConfig, config: Any) -> bool:
+    if not run.training.packing:
+        return False
+    if packing.is_packable(config.model_type):
+        return True
+    emit_warning(
+        "packing is off: this architecture is not known to honour position ids", model_type=config.model_type
+    )
+    return False

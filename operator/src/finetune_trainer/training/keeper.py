@@ -1,0 +1,168 @@
+"""Commits, rotates and fences the checkpoints of one attempt; the Trainer only writes the files.
+
+Every rank holds one keeper and calls it at the same points. Rank 0 decides and does the I/O that must be done once; a
+save is a checkpoint from the moment its manifest is durable.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from finetune_contract.run_config import RunConfig
+from finetune_contract.workspace import Workspace
+from finetune_trainer.checkpoints import attempt, disk, layout, retention
+from finetune_trainer.checkpoints.manifest import FileEntry, Manifest, list_files, seal_files, write_manifest
+from finetune_trainer.checkpoints.resume import choose_resume, observe_checkpoints, quarantine
+from finetune_trainer.distributed import ControlGroup
+from finetune_trainer.errors import TrainerError
+from finetune_trainer.reporting import emit, emit_warning, now_text
+from finetune_contract.reports import ExitCode, Reason
+
+
+@dataclasses.dataclass
+class CheckpointKeeper:
+    """The checkpoint contract, as the ranks of one attempt carry it out."""
+
+    run: RunConfig
+    group: ControlGroup
+    attempt: int
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Facts that go into every manifest."""
+    resumed_from: int | None = None
+    latest_complete: int | None = None
+    """Newest step committed or resumed from in this attempt."""
+    kept: list[int] = dataclasses.field(default_factory=list)
+    best: int | None = None
+    last_seconds: float = 0.0
+    """How long training stood still for the last save."""
+    first_estimate_bytes: int = 0
+    """Expected size of a checkpoint while there is none to measure."""
+    _started: float = 0.0
+
+    @property
+    def root(self) -> pathlib.Path:
+        """The folder that holds the checkpoints."""
+        return Workspace(pathlib.Path(self.run.workspace)).checkpoints
+
+    def start(self) -> pathlib.Path | None:
+        """Claim the workspace and return the checkpoint to resume from; the same on every rank."""
+        chosen = self.group.decide(self._start_once)
+        if chosen is None:
+            return None
+        self.resumed_from = self.latest_complete = chosen
+        return self.root / layout.checkpoint_name(chosen)
+
+    def _start_once(self) -> int | None:
+        attempt.claim_workspace(self._attempt_file(), self.attempt)
+        verdicts = observe_checkpoints(self.root)
+        for verdict in quarantine(self.root, verdicts):
+            emit_warning(
+                "checkpoint moved to quarantine", checkpoint=verdict.folder.path.name, problem=verdict.problems[0]
+            )
+        chosen = choose_resume(verdicts) if self.run.checkpoint.resume != "Never" else None
+        if self.run.checkpoint.resume == "Never":
+            self._require_no_own_progress(verdicts)
+        if chosen is None:
+            return None
+        self._require_same_world(chosen)
+        self.resumed_from = chosen.step
+        self._observe_kept()
+        emit("resuming", checkpoint=chosen.path.name)
+        return chosen.step
+
+    def _require_no_own_progress(self, verdicts: list[Any]) -> None:
+        """Move the checkpoints of earlier runs aside, so that new ones never mix with them."""
+        for verdict in verdicts:
+            if verdict.is_complete:
+                target = layout.next_quarantine_path(self.root, verdict.folder.step)
+                target.parent.mkdir(exist_ok=True)
+                verdict.folder.path.rename(target)
+
+    def _require_same_world(self, folder: layout.Folder) -> None:
+        from finetune_trainer.checkpoints.manifest import read_manifest
+
+        manifest = read_manifest(folder.path)
+        if manifest.world_size == self.group.size and manifest.zero_stage == self.run.training.zero_stage:
+            return
+        raise TrainerError(
+            Reason.INVALID_CONFIG,
+            ExitCode.CONFIG,
+            f"{folder.path.name} was saved by {manifest.world_size} processes with ZeRO-{manifest.zero_stage}; this "
+            f"attempt has {self.group.size} with ZeRO-{self.run.training.zero_stage}",
+            f"Set spec.resources so that nodes x processesPerNode is {manifest.world_size} and "
+            f"spec.training.deepspeed.zeroStage to {manifest.zero_stage}, or spec.checkpoint.resume to Never.",
+        )
+
+    def before_save(self) -> None:
+        """Check the fence and the free space; raises the same TrainerError on every rank."""
+        self._started = time.monotonic()
+        self.group.decide(self._before_save_once)
+
+    def _before_save_once(self) -> None:
+        attempt.require_newest(self._attempt_file(), self.attempt)
+        self.root.mkdir(parents=True, exist_ok=True)
+        needed = disk.read_last_bytes(self.root) or self.first_estimate_bytes
+        if disk.read_free_bytes(self.root) < needed * disk.SLACK:
+            # What would go after this save goes before it; the newest complete one always stays.
+            self._delete_surplus(max(self.run.checkpoint.keep_latest - 1, 1))
+        disk.require_room(self.root, needed)
+
+    def commit(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Make the files of a save durable, write the manifest last, then rotate."""
+        folder = self.root / layout.checkpoint_name(step)
+        self.group.barrier()
+        names = self.group.decide(lambda: list_files(folder))
+        # The ranks share the reading: one process hashes about 1 GB/s.
+        share = seal_files(folder, names[self.group.rank :: self.group.size])
+        sealed = self.group.gather(share)
+        files = {name: entry for part in sealed for name, entry in part.items()}
+        self.kept, self.best = self.group.decide(lambda: self._commit_once(folder, step, files, metrics))
+        self.latest_complete = step
+        self.last_seconds = time.monotonic() - self._started
+
+    def _commit_once(
+        self, folder: pathlib.Path, step: int, files: Mapping[str, FileEntry], metrics: Mapping[str, float]
+    ) -> tuple[list[int], int | None]:
+        attempt.require_newest(self._attempt_file(), self.attempt)
+        manifest = Manifest(
+            step=step,
+            world_size=self.group.size,
+            zero_stage=self.run.training.zero_stage,
+            dtype=self.run.training.precision,
+            attempt=self.attempt,
+            created_at=now_text(),
+            files=files,
+            metrics=metrics,
+            extra=self.extra,
+        )
+        write_manifest(folder, manifest)
+        emit("checkpoint committed", checkpoint=folder.name, size=disk.format_bytes(manifest.num_bytes))
+        self._delete_surplus(self.run.checkpoint.keep_latest)
+        retention.delete_quarantine_before(self.root, step)
+        self._observe_kept()
+        return self.kept, self.best
+
+    def _delete_surplus(self, keep_latest: int) -> None:
+        limits = retention.Limits(keep_latest, self.run.checkpoint.keep_best, self.run.checkpoint.best_mode)
+        protected = () if self.resumed_from is None else (self.resumed_from,)
+        for step in retention.select_surplus(self._list_committed(), limits, protected):
+            attempt.require_newest(self._attempt_file(), self.attempt)
+            folder = self.root / layout.checkpoint_name(step)
+            if not retention.delete_checkpoint(folder):
+                emit_warning("checkpoint not deleted, trying again after the next save", checkpoint=folder.name)
+
+    def _observe_kept(self) -> None:
+        committed = self._list_committed()
+        self.kept = [one.step for one in committed]
+        ranked = retention.rank_best(committed, self.run.checkpoint.best_mode)
+        self.best = ranked[0] if ranked else None
+
+    def _list_committed(self) -> list[retention.Committed]:
+        return retention.list_committed(self.root, self.run.checkpoint.best_metric)
+
+    def _attempt_file(self) -> pathlib.Path:
+        return Workspace(pathlib.Path(self.run.workspace)).attempt_file

@@ -1,0 +1,113 @@
+"""Where the base model lies, and how it and its tokenizer are loaded; with errors that say what to mend.
+
+Used by training, promotion, evaluation and generation, so that all of them read a model the same way.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+from finetune_contract.reports import ExitCode, Reason
+from finetune_contract.run_config import RunConfig
+from finetune_contract.workspace import Workspace
+from finetune_trainer.errors import TrainerError
+
+
+def find_base_model(run: RunConfig) -> pathlib.Path:
+    """Return the folder of the base model: what `prepare` downloaded, or the path the settings name."""
+    workspace = Workspace(pathlib.Path(run.workspace))
+    if workspace.base_model_manifest.exists():
+        return workspace.base_model
+    path = pathlib.Path(run.model.source)
+    if path.is_dir():
+        return path
+    raise TrainerError(
+        Reason.MODEL_NOT_FOUND,
+        ExitCode.NO_INPUT,
+        f"no base model at {workspace.base_model}, and {run.model.source} is no folder",
+        "Run `finetune-trainer prepare` first, or name a folder in Hugging Face layout.",
+    )
+
+
+def read_config(folder: pathlib.Path, trust_remote_code: bool = False) -> Any:
+    """Read a model's configuration."""
+    from transformers import AutoConfig
+
+    with _invalid_model(folder, "config.json"):
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+
+
+def load_tokenizer(folder: pathlib.Path, trust_remote_code: bool = False) -> Any:
+    """Load a model's tokenizer; it must know where an answer ends."""
+    from transformers import AutoTokenizer
+
+    with _invalid_model(folder, "the tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    if tokenizer.eos_token_id is None:
+        raise TrainerError(
+            Reason.MODEL_INVALID,
+            ExitCode.NO_INPUT,
+            f"{folder}: the tokenizer has no end-of-sequence token, so an answer could not end",
+            "Set eos_token in the model's tokenizer_config.json.",
+        )
+    return tokenizer
+
+
+def choose_pad_token(tokenizer: Any) -> int:
+    """Return the token that fills up rows; masked everywhere, so the end token serves where there is none."""
+    pad = tokenizer.pad_token_id
+    return int(tokenizer.eos_token_id if pad is None else pad)
+
+
+def load_model(folder: pathlib.Path, dtype: str, trust_remote_code: bool = False) -> Any:
+    """Load a causal language model from a folder. `dtype` is a torch name, or auto for that of the weights."""
+    from transformers import AutoModelForCausalLM
+
+    with _invalid_model(folder, "the weights"):
+        return AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            local_files_only=True,
+            use_safetensors=True,
+            attn_implementation=choose_attention(read_config(folder, trust_remote_code)),
+        )
+
+
+def choose_attention(config: Any) -> str:
+    """Return the attention code to use: the same in training, evaluation and generation."""
+    # MPT has only its own attention with ALiBi.
+    return "eager" if config.model_type == "mpt" else "sdpa"
+
+
+def limit_length(config: Any) -> int:
+    """Return the longest sequence the architecture takes."""
+    text = config.get_text_config()
+    for name in ("max_position_embeddings", "max_seq_len", "n_positions"):
+        if isinstance(limit := getattr(text, name, None), int):
+            return limit
+    return 1 << 30
+
+
+class _invalid_model:
+    """Turn whatever a library says about a model folder into one error; as a context manager."""
+
+    def __init__(self, folder: pathlib.Path, part: str) -> None:
+        self._folder, self._part = folder, part
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is None or not isinstance(error, OSError | ValueError | KeyError | ImportError | AttributeError):
+            return
+        line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise TrainerError(
+            Reason.MODEL_INVALID,
+            ExitCode.NO_INPUT,
+            f"{self._folder}: {self._part} cannot be loaded: {line}",
+            "Check spec.model: it must be a causal language model in Hugging Face layout with safetensors weights.",
+        ) from error

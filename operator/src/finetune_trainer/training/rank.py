@@ -1,0 +1,178 @@
+"""The story of one rank, top to bottom: model, trainer, the checkpoint to resume from, training, the last commit.
+
+Called by the supervisor in a forked process, with the stack imported and the rows tokenized.
+"""
+
+from __future__ import annotations
+
+import array
+import logging
+import os
+import pathlib
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+from finetune_contract.reports import ExitCode
+from finetune_contract.workspace import Workspace
+from finetune_trainer.checkpoints import disk
+from finetune_trainer.distributed import ControlGroup, read_rank
+from finetune_trainer.training.inputs import Inputs
+from finetune_trainer.training.schedule import count_steps
+from finetune_trainer.training.tokens import TokenizedRows
+
+COLLECTIVE_SECONDS = 1800
+"""How long a rank waits for the others in one collective before it gives up."""
+
+
+def run_rank(inputs: Inputs, attempt: int) -> tuple[int, dict[str, Any]]:
+    """Train, and return the exit code with the results for the exit report."""
+    from finetune_trainer.training.arguments import build_arguments
+    from finetune_trainer.training.callbacks import SaveAndStopCallback, StopFlag
+    from finetune_trainer.training.keeper import CheckpointKeeper
+
+    run = inputs.run
+    stop = StopFlag()
+    stop.install()
+    _quieten()
+    join_ranks(run.topology.gpus_per_node > 0)
+    # Before the model: under ZeRO-3 the arguments make `from_pretrained` partition the weights as it reads them.
+    arguments = build_arguments(run, Workspace(pathlib.Path(run.workspace)).checkpoints)
+    group = ControlGroup()
+    keeper = CheckpointKeeper(run, group, attempt)
+    checkpoint = keeper.start()
+    total_steps = count_steps(len(inputs.train.rows), group.size, run.training)
+    if keeper.latest_complete is not None and keeper.latest_complete >= total_steps:
+        # An attempt that died between its last commit and its report: nothing is left to train.
+        return ExitCode.OK, _results(keeper, keeper.latest_complete, total_steps, None)
+    trainer = _build_trainer(inputs, arguments, keeper)
+    saver = SaveAndStopCallback(group, stop, run.checkpoint.every_minutes)
+    trainer.add_callback(saver)
+    progress = _add_progress(trainer, inputs, keeper)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    # Some schedules end between saves; the last state is always a checkpoint.
+    trainer._save_checkpoint(trainer.model_wrapped, None)
+    loss = progress.loss if progress is not None else None
+    code = ExitCode.SUSPENDED if saver.has_stopped else ExitCode.OK
+    return code, _results(keeper, trainer.state.global_step, total_steps, loss)
+
+
+def join_ranks(uses_gpus: bool) -> None:
+    """Join the process group, before any library does: DeepSpeed partitions a model as it is loaded, and must know."""
+    import datetime
+
+    import deepspeed
+    import torch
+
+    if uses_gpus:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    backend = "nccl" if uses_gpus else "gloo"
+    timeout = datetime.timedelta(seconds=COLLECTIVE_SECONDS)
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
+
+
+def _quieten() -> None:
+    """Keep the log to what a reader of the pod needs: warnings of rank 0's libraries, errors of the others'."""
+    # The libraries' advice to each other is not the user's business.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    level = logging.WARNING if read_rank() == 0 else logging.ERROR
+    for name in ("transformers", "trl", "accelerate", "DeepSpeed", "deepspeed", "datasets", "peft"):
+        logging.getLogger(name).setLevel(level)
+
+
+def _build_trainer(inputs: Inputs, arguments: Any, keeper: Any) -> Any:
+    from transformers import set_seed
+    from transformers.trainer_callback import PrinterCallback
+
+    from finetune_trainer.training import modeling
+    from finetune_trainer.training.arguments import build_lora, torch_dtype
+    from finetune_trainer.training.callbacks import FiniteLossCallback
+    from finetune_trainer.training.collate import Collator
+    from finetune_trainer.training.trainer import ContractTrainer
+
+    run = inputs.run
+    set_seed(run.training.seed)
+    model = modeling.load_model(inputs.base_model, torch_dtype(run.training.precision), run.trust_remote_code)
+    trainer = ContractTrainer(
+        model=model,
+        args=arguments,
+        data_collator=Collator(modeling.choose_pad_token(inputs.tokenizer), inputs.is_packed),
+        train_dataset=build_dataset(inputs.train),
+        eval_dataset=build_dataset(inputs.holdout) if inputs.holdout.rows else None,
+        processing_class=inputs.tokenizer,
+        peft_config=build_lora(run.training),
+    )
+    trainer.keeper = keeper
+    keeper.first_estimate_bytes = _estimate_bytes(trainer, run)
+    trainer.remove_callback(PrinterCallback)
+    _remove_kubeflow(trainer)
+    trainer.add_callback(FiniteLossCallback())
+    return trainer
+
+
+def _remove_kubeflow(trainer: Any) -> None:
+    """Remove the callback that Transformers adds for the same progress URL: it would post everything twice."""
+    from transformers.integrations.integration_utils import KubeflowCallback
+
+    trainer.remove_callback(KubeflowCallback)
+
+
+def build_dataset(rows: TokenizedRows) -> Any:
+    """Return rows as a `datasets.Dataset` over one Arrow table: nothing is pickled or cached on disk."""
+    import datasets
+    import pyarrow
+
+    columns = {
+        "input_ids": _list_column(row.input_ids for row in rows.rows),
+        "labels": _list_column(row.labels for row in rows.rows),
+        "seq_lengths": _list_column(array.array("i", row.lengths) for row in rows.rows),
+    }
+    return datasets.Dataset(pyarrow.table(columns))
+
+
+def _list_column(lists: Iterable[array.array[int]]) -> Any:
+    """Return a column of lists made from whole buffers: number by number would take longer than the tokenization."""
+    import pyarrow
+
+    values, offsets = array.array("i"), array.array("q", [0])
+    for one in lists:
+        values.extend(one)
+        offsets.append(len(values))
+    flat = pyarrow.Array.from_buffers(pyarrow.int32(), len(values), [None, pyarrow.py_buffer(values)])
+    ends = pyarrow.Array.from_buffers(pyarrow.int64(), len(offsets), [None, pyarrow.py_buffer(offsets)])
+    return pyarrow.LargeListArray.from_arrays(ends, flat)
+
+
+def _add_progress(trainer: Any, inputs: Inputs, keeper: Any) -> Any:
+    from finetune_trainer.training.callbacks import ProgressCallback
+
+    if keeper.group.rank != 0:
+        return None
+    per_row = inputs.train.num_tokens / len(inputs.train.rows)
+    training = inputs.run.training
+    rows = training.per_device_batch_size * training.gradient_accumulation_steps * keeper.group.size
+    progress = ProgressCallback(inputs.run, keeper, per_row * rows)
+    trainer.add_callback(progress)
+    return progress
+
+
+def _estimate_bytes(trainer: Any, run: Any) -> int:
+    trained = saved = 0
+    for parameter in trainer.model.parameters():
+        # Under ZeRO-3 a rank holds a part of each tensor; DeepSpeed keeps the whole count beside it.
+        count = getattr(parameter, "ds_numel", parameter.numel())
+        saved += count if parameter.requires_grad or run.training.method == "full" else 0
+        trained += count if parameter.requires_grad else 0
+    return disk.estimate_checkpoint_bytes(trained, saved, run.training.zero_stage)
+
+
+def _results(keeper: Any, step: int, total_steps: int, loss: float | None) -> dict[str, Any]:
+    return {
+        "step": step,
+        "total_steps": total_steps,
+        "loss": loss,
+        "resumed_from_step": keeper.resumed_from,
+        "checkpoints": keeper.kept,
+        "latest_complete": keeper.latest_complete,
+        "best": keeper.best,
+    }

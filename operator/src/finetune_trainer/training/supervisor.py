@@ -1,0 +1,231 @@
+"""Runs the ranks of one pod: forks them from a process that has the stack imported, watches them, and says how they ended.
+
+The first failing rank's error becomes the report. A crashed single-node attempt may be restarted here a bounded number
+of times, which saves the pod's start and the imports. SIGTERM goes on to the ranks, which save and stop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from finetune_contract import environment
+from finetune_contract.reports import ExitCode, Reason
+from finetune_contract.run_config import Topology
+from finetune_trainer.errors import StopRequested, TrainerError, as_trainer_error
+from finetune_trainer.reporting import emit_warning
+from finetune_trainer.training import failures
+from finetune_trainer.training.watch import Watch
+
+Work = Callable[[], tuple[int, dict[str, Any]]]
+"""What each rank does: returns its exit code and results."""
+
+RESTARTABLE = frozenset({Reason.KILLED, Reason.RANK_FAILED, Reason.NCCL_ERROR, Reason.USER_CODE_ERROR})
+"""Failures after which the same settings may work."""
+
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How the ranks of this pod ended."""
+
+    exit_code: int
+    """OK or SUSPENDED."""
+    results: dict[str, Any]
+    num_restarts: int
+
+
+def run_ranks(work: Work, topology: Topology, training: Any) -> Outcome:
+    """Run `work` in every rank of this pod. Raises TrainerError with the error of the rank that failed first."""
+    allowed = topology.in_pod_restarts if topology.nodes == 1 else 0
+    for num_restarts in range(allowed + 1):
+        folder = pathlib.Path(tempfile.mkdtemp(prefix="finetune-ranks-"))
+        try:
+            ends, results = _launch(work, topology, folder)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        first = failures.choose_first(ends)
+        if first is None:
+            stopped = any(end.exit_code == ExitCode.SUSPENDED for end in ends)
+            return Outcome(ExitCode.SUSPENDED if stopped else ExitCode.OK, results, num_restarts)
+        failure = failures.build_failure(first, training)
+        failure.details["in_pod_restarts"] = num_restarts
+        if failure.reason not in RESTARTABLE or num_restarts == allowed:
+            raise failure
+        emit_warning("ranks restart in this pod", after=failure.message, restart=num_restarts + 1, allowed=allowed)
+    raise AssertionError("unreachable: the last launch returns or raises")
+
+
+def _launch(work: Work, topology: Topology, folder: pathlib.Path) -> tuple[list[failures.RankEnd], dict[str, Any]]:
+    node = int(os.environ.get(environment.NODE_RANK) or 0)
+    host, port = _choose_rendezvous(topology)
+    # The signal waits until the child has its own handler: none is lost between fork and installation.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    watch = Watch()
+    try:
+        for local in range(topology.processes_per_node):
+            rank = node * topology.processes_per_node + local
+            variables = {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(local),
+                "WORLD_SIZE": str(topology.nodes * topology.processes_per_node),
+                "LOCAL_WORLD_SIZE": str(topology.processes_per_node),
+                "MASTER_ADDR": host,
+                "MASTER_PORT": str(port),
+                **({"GLOO_SOCKET_IFNAME": "lo"} if host == "127.0.0.1" else {}),
+            }
+            _fork(work, rank, variables, folder, watch)
+        watch.take_signals()
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    watch.run()
+    first_rank = node * topology.processes_per_node
+    return [_read_end(folder, watch, rank) for rank in watch.ranks], _read_results(folder, first_rank)
+
+
+def _choose_rendezvous(topology: Topology) -> tuple[str, int]:
+    if topology.nodes == 1:
+        # One pod needs no name service, and a free port lets several runs share a machine.
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            return "127.0.0.1", int(probe.getsockname()[1])
+    _wait_for_name(topology.rendezvous_host)
+    return topology.rendezvous_host, topology.rendezvous_port
+
+
+def _wait_for_name(host: str, timeout_seconds: float = 600.0) -> None:
+    """Wait until the pod with index 0 has a name; its record appears only after the pod has an address."""
+    deadline = time.monotonic() + timeout_seconds
+    while True:
+        try:
+            socket.getaddrinfo(host, None)
+            return
+        except socket.gaierror as error:
+            if time.monotonic() > deadline:
+                raise TrainerError(
+                    Reason.RANK_FAILED,
+                    ExitCode.UNAVAILABLE,
+                    f"{host} has had no address for {timeout_seconds:.0f} s: {error}",
+                    "Look at the pod with index 0, and at the cluster's name service.",
+                ) from error
+            time.sleep(1)
+
+
+def _fork(work: Work, rank: int, variables: dict[str, str], folder: pathlib.Path, watch: Watch) -> None:
+    reader, writer = os.pipe()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    supervisor = os.getpid()
+    pid = os.fork()
+    if pid == 0:
+        os.close(reader)
+        _run_child(work, rank, variables, folder, (writer, supervisor))
+    os.close(writer)
+    watch.add(rank, pid, reader)
+
+
+def _run_child(
+    work: Work, rank: int, variables: dict[str, str], folder: pathlib.Path, wiring: tuple[int, int]
+) -> NoReturn:
+    """Be a rank. Leaves with `os._exit`: the supervisor's clean-up and exit handlers are not the rank's."""
+    code = 1
+    try:
+        writer, supervisor = wiring
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != supervisor:
+            os._exit(1)
+        os.dup2(writer, 1)
+        os.dup2(writer, 2)
+        os.close(writer)
+        os.environ.update(variables, TOKENIZERS_PARALLELISM="false")
+        signal.signal(signal.SIGTERM, _raise_stop)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        code, results = work()
+        _write(folder, rank, {"results": results})
+    except StopRequested:
+        code = ExitCode.SUSPENDED
+    except BaseException as error:
+        code = _note_error(folder, rank, error)
+    finally:
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+
+
+def _raise_stop(_number: int, _frame: Any) -> None:
+    raise StopRequested
+
+
+def _note_error(folder: pathlib.Path, rank: int, error: BaseException) -> int:
+    ended_at = time.monotonic()
+    failure = as_trainer_error(error)
+    if failure is not error:
+        traceback.print_exception(error)
+    fields = {
+        "reason": failure.reason,
+        "exit_code": int(failure.exit_code),
+        "message": failure.message,
+        "hint": failure.hint,
+        "details": failure.details,
+    }
+    text = f"{type(error).__module__}.{type(error).__name__}: {error}"
+    with contextlib.suppress(OSError):
+        _write(folder, rank, {"error": fields, "text": text, "ended_at": ended_at})
+    return int(failure.exit_code) or 1
+
+
+def _write(folder: pathlib.Path, rank: int, note: dict[str, Any]) -> None:
+    path = folder / f"rank-{rank}.json"
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(note, default=str))
+    partial.replace(path)
+
+
+def _read_note(folder: pathlib.Path, rank: int) -> dict[str, Any]:
+    try:
+        note = json.loads((folder / f"rank-{rank}.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return note if isinstance(note, dict) else {}
+
+
+def _read_end(folder: pathlib.Path, watch: Watch, rank: int) -> failures.RankEnd:
+    note, reaped = _read_note(folder, rank), watch.ranks[rank]
+    fields = note.get("error")
+    error = None
+    if fields:
+        error = TrainerError(
+            Reason(fields["reason"]),
+            ExitCode(fields["exit_code"]),
+            fields["message"],
+            fields["hint"],
+            fields["details"],
+        )
+    return failures.RankEnd(
+        rank,
+        reaped.exit_code,
+        note.get("ended_at", reaped.ended_at),
+        error,
+        note.get("text", ""),
+        "\n".join(reaped.lines),
+    )
+
+
+def _read_results(folder: pathlib.Path, rank: int) -> dict[str, Any]:
+    results = _read_note(folder, rank).get("results", {})
+    return dict(results)

@@ -1,0 +1,168 @@
+"""Prepared rows as tokens with masked labels, and packs of them; needs no torch.
+
+Called once by the supervisor before it forks, so that the ranks share one copy. Rendering is `data.prompts` alone; this
+module only batches the calls, truncates, counts what it drops, and packs.
+"""
+
+from __future__ import annotations
+
+import array
+import bisect
+import dataclasses
+import itertools
+import json
+import pathlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from finetune_contract.reports import ExitCode, Reason
+from finetune_trainer.data.prompts import TOKENIZER_TEMPLATE, Message, build_segments, encode_example
+from finetune_trainer.errors import TrainerError
+
+IGNORED = -100
+"""Label of a token on which no loss is taken."""
+
+_CHUNK_ROWS = 2000
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenRow:
+    """One sequence for the model: an example, or several in a pack."""
+
+    input_ids: array.array[int]
+    labels: array.array[int]
+    lengths: tuple[int, ...]
+    """Lengths of the examples in it, in order."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizedRows:
+    """Rows ready for training, with what was lost on the way."""
+
+    rows: list[TokenRow]
+    num_truncated: int = 0
+    """Rows whose end was cut off at the maximum length."""
+    num_dropped: int = 0
+    """Rows whose prompt left no room for a single answer token."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all rows, padding not counted."""
+        return sum(len(row.input_ids) for row in self.rows)
+
+    @property
+    def num_examples(self) -> int:
+        """Examples of all rows; more than rows once packed."""
+        return sum(len(row.lengths) for row in self.rows)
+
+
+class _BatchTokenizer:
+    """A tokenizer that answers from one batched call: thousands of single calls cost more than the tokenization."""
+
+    def __init__(self, tokenizer: Any, texts: Iterable[str]) -> None:
+        self._tokenizer = tokenizer
+        self.bos_token_id = tokenizer.bos_token_id
+        self.eos_token_id = tokenizer.eos_token_id
+        self.chat_template = tokenizer.chat_template
+        wanted = sorted(set(texts))
+        encoded = tokenizer(wanted, add_special_tokens=False)["input_ids"] if wanted else []
+        self._known = dict(zip(wanted, encoded, strict=True))
+        self._empty = tokenizer("", add_special_tokens=True)
+
+    def __call__(self, text: str, *, add_special_tokens: bool) -> Mapping[str, Any]:
+        if add_special_tokens:
+            return self._empty if not text else self._tokenizer(text, add_special_tokens=True)
+        return {"input_ids": self._known[text]}
+
+    def apply_chat_template(self, conversation: Any, *, add_generation_prompt: bool, **options: Any) -> Any:
+        """Hand over to the tokenizer's own chat template."""
+        return self._tokenizer.apply_chat_template(
+            conversation, add_generation_prompt=add_generation_prompt, **options
+        )
+
+
+def read_conversations(path: pathlib.Path) -> Iterator[Sequence[Message]]:
+    """Read the messages of each row of a prepared file. Raises TrainerError that names the line."""
+    try:
+        file = path.open(encoding="utf-8")
+    except OSError as error:
+        raise TrainerError(
+            Reason.DATASET_NOT_FOUND,
+            ExitCode.NO_INPUT,
+            f"{path}: the prepared rows cannot be read: {error.strerror}",
+            "Run `finetune-trainer prepare` first.",
+        ) from error
+    with file:
+        for number, line in enumerate(file, start=1):
+            try:
+                yield json.loads(line)["messages"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise TrainerError(
+                    Reason.DATASET_INVALID, ExitCode.DATA, f"{path}, line {number}: no JSON object with messages"
+                ) from error
+
+
+def tokenize(
+    conversations: Iterable[Sequence[Message]], template: str, tokenizer: Any, max_length: int
+) -> TokenizedRows:
+    """Render and tokenize conversations; the loss is taken on answers only."""
+    rows: list[TokenRow] = []
+    num_truncated = num_dropped = 0
+    for chunk in _chunks(conversations):
+        batch = _BatchTokenizer(tokenizer, _list_texts(chunk, template))
+        for messages in chunk:
+            encoded = encode_example(messages, template, batch)
+            ids, mask = encoded.input_ids[:max_length], encoded.answer_mask[:max_length]
+            # The first token is predicted from nothing, so it never counts as an answer.
+            if not any(mask[1:]):
+                num_dropped += 1
+                continue
+            num_truncated += len(encoded.input_ids) > max_length
+            labels = [token if wanted else IGNORED for token, wanted in zip(ids, mask, strict=True)]
+            labels[0] = IGNORED
+            rows.append(TokenRow(array.array("i", ids), array.array("i", labels), (len(ids),)))
+    return TokenizedRows(rows, num_truncated, num_dropped)
+
+
+def _chunks(conversations: Iterable[Sequence[Message]]) -> Iterator[list[Sequence[Message]]]:
+    iterator = iter(conversations)
+    while chunk := list(itertools.islice(iterator, _CHUNK_ROWS)):
+        yield chunk
+
+
+def _list_texts(chunk: list[Sequence[Message]], template: str) -> Iterator[str]:
+    if template == TOKENIZER_TEMPLATE:
+        return
+    for messages in chunk:
+        for segment in build_segments(messages, template):
+            yield segment.text
+
+
+def pack(tokenized: TokenizedRows, max_length: int) -> TokenizedRows:
+    """Put several examples into each row, best fit first: the longest go first, each into the fullest row it fits."""
+    order = sorted(range(len(tokenized.rows)), key=lambda index: -len(tokenized.rows[index].input_ids))
+    packs: list[list[int]] = []
+    # Free room of each open pack, sorted; the second member makes equal rooms go to the oldest pack.
+    rooms: list[tuple[int, int]] = []
+    for index in order:
+        length = len(tokenized.rows[index].input_ids)
+        place = bisect.bisect_left(rooms, (length, -1))
+        if place == len(rooms):
+            packs.append([index])
+            room, number = max_length - length, len(packs) - 1
+        else:
+            free, number = rooms.pop(place)
+            packs[number].append(index)
+            room = free - length
+        if room > 1:
+            bisect.insort(rooms, (room, number))
+    packed = [_join([tokenized.rows[index] for index in members]) for members in packs]
+    return dataclasses.replace(tokenized, rows=packed)
+
+
+def _join(rows: list[TokenRow]) -> TokenRow:
+    ids, labels = array.array("i"), array.array("i")
+    for row in rows:
+        ids.extend(row.input_ids)
+        labels.extend(row.labels)
+    return TokenRow(ids, labels, tuple(length for row in rows for length in row.lengths))

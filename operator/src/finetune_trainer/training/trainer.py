@@ -1,0 +1,32 @@
+"""TRL's SFTTrainer with our checkpoint contract; everything else is theirs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trl import SFTTrainer
+
+from finetune_trainer.training.keeper import CheckpointKeeper
+
+
+class ContractTrainer(SFTTrainer):  # type: ignore[misc]
+    """Commits each save through a keeper."""
+
+    keeper: CheckpointKeeper
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if self.keeper.latest_complete == self.state.global_step:
+            return
+        self.keeper.before_save()
+        super()._save_checkpoint(model, trial)
+        self.keeper.commit(self.state.global_step, self._read_metrics())
+
+    def _read_metrics(self) -> dict[str, float]:
+        """Return the evaluation metrics of this step, if it was evaluated."""
+        for entry in reversed(self.state.log_history):
+            if entry.get("step") == self.state.global_step and any(name.startswith("eval_") for name in entry):
+                return {name: float(value) for name, value in entry.items() if name.startswith("eval_")}
+        return {}
+
+    def create_model_card(self, *_args: Any, **_options: Any) -> None:
+        """Write none at every save: the model card belongs to the promoted model."""

@@ -1,0 +1,130 @@
+"""Watches forked ranks: forwards their output and SIGTERM, notes who ended when, and ends the rest after a failure.
+
+One thread and one selector, because a process with threads cannot be forked again safely.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import os
+import selectors
+import signal
+import sys
+import time
+from typing import Any
+
+from finetune_contract.reports import ExitCode
+from finetune_trainer.training.failures import NUM_TAIL_LINES
+
+GRACE_SECONDS = 3.0
+"""Time for the other ranks to note their own errors after one has failed."""
+
+
+@dataclasses.dataclass
+class Reaped:
+    """One rank as seen from outside."""
+
+    pid: int
+    lines: collections.deque[str]
+    exit_code: int = 0
+    ended_at: float = 0.0
+    was_killed_here: bool = False
+
+
+class Watch:
+    """The ranks of one launch."""
+
+    def __init__(self) -> None:
+        self.ranks: dict[int, Reaped] = {}
+        self._selector = selectors.DefaultSelector()
+        self._partial: dict[int, bytes] = {}
+        self._num_running = 0
+        self._kill_at: float | None = None
+        self._previous: Any = None
+
+    def add(self, rank: int, pid: int, reader: int) -> None:
+        """Watch one forked rank; `reader` is the end of the pipe that carries its output."""
+        self.ranks[rank] = Reaped(pid, collections.deque(maxlen=NUM_TAIL_LINES))
+        self._partial[rank] = b""
+        self._num_running += 1
+        self._selector.register(reader, selectors.EVENT_READ, ("output", rank))
+        self._selector.register(os.pidfd_open(pid), selectors.EVENT_READ, ("end", rank))
+
+    def take_signals(self) -> None:
+        """Forward SIGTERM to the ranks from here on."""
+        self._previous = signal.signal(signal.SIGTERM, lambda _number, _frame: self._send(signal.SIGTERM))
+
+    def run(self) -> None:
+        """Return when every rank has ended and its output has been read."""
+        try:
+            while self._selector.get_map():
+                timeout = None if self._kill_at is None else max(0.0, self._kill_at - time.monotonic())
+                for key, _ in self._selector.select(timeout):
+                    kind, rank = key.data
+                    if kind == "output":
+                        self._read(key.fd, rank)
+                    else:
+                        self._reap(key.fd, rank)
+                if self._kill_at is not None and time.monotonic() >= self._kill_at:
+                    self._kill_rest()
+        finally:
+            self._close()
+
+    def _read(self, descriptor: int, rank: int) -> None:
+        data = os.read(descriptor, 1 << 16)
+        lines = (self._partial[rank] + data).split(b"\n")
+        self._partial[rank] = lines.pop() if data else b""
+        if not data:
+            self._forget(descriptor)
+        for line in lines:
+            text = line.decode(errors="replace").rstrip("\r")
+            if text.strip():
+                self.ranks[rank].lines.append(text)
+            print(text if rank == 0 else f"[rank {rank}] {text}", file=sys.stderr)
+        sys.stderr.flush()
+
+    def _reap(self, descriptor: int, rank: int) -> None:
+        self._forget(descriptor)
+        reaped = self.ranks[rank]
+        _, status = os.waitpid(reaped.pid, 0)
+        reaped.ended_at = time.monotonic()
+        reaped.exit_code = os.waitstatus_to_exitcode(status)
+        if reaped.was_killed_here:
+            # A rank ended by us is no cause: it counts as one that stopped.
+            reaped.exit_code = ExitCode.SUSPENDED
+        self._num_running -= 1
+        failed = reaped.exit_code not in (ExitCode.OK, ExitCode.SUSPENDED)
+        if failed and self._num_running and self._kill_at is None:
+            self._kill_at = time.monotonic() + GRACE_SECONDS
+
+    def _kill_rest(self) -> None:
+        self._kill_at = None
+        for reaped in self.ranks.values():
+            if not reaped.ended_at:
+                reaped.was_killed_here = True
+        self._send(signal.SIGKILL)
+
+    def _send(self, number: signal.Signals) -> None:
+        for reaped in self.ranks.values():
+            if not reaped.ended_at:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(reaped.pid, number)
+
+    def _forget(self, descriptor: int) -> None:
+        self._selector.unregister(descriptor)
+        os.close(descriptor)
+
+    def _close(self) -> None:
+        """Leave no rank, descriptor or handler behind, whatever ended the watch."""
+        self._kill_rest()
+        for key in list(self._selector.get_map().values()):
+            self._forget(key.fd)
+        for reaped in self.ranks.values():
+            if not reaped.ended_at:
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(reaped.pid, 0)
+        self._selector.close()
+        if self._previous is not None:
+            signal.signal(signal.SIGTERM, self._previous)
