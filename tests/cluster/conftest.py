@@ -4,6 +4,7 @@ import pathlib
 import secrets
 
 import pytest
+
 from tests.cluster.bring_up import bring_up, read_s3_keys
 from tests.cluster.world import World
 from tests.demo.demo import OPERATOR_NAMESPACE, Storage, install_chart

@@ -1,7 +1,5 @@
 """A workspace that runs full in the middle of training costs no checkpoint, and more space is all it takes to go on."""
 
-import secrets
-
 import pytest
 
 from tests.demo.kubectl import ClusterError
@@ -9,26 +7,7 @@ from tests.support.jobs import apply_job, make_job
 from tests.support.waiting import eventually
 
 
-@pytest.fixture
-def limited_class(world):
-    """A StorageClass whose volumes hold no more than was claimed."""
-    name = f"limited-{secrets.token_hex(3)}"
-    world.cluster.apply(
-        {
-            "apiVersion": "storage.k8s.io/v1",
-            "kind": "StorageClass",
-            "metadata": {"name": name},
-            "provisioner": "finetune.dev/local",
-            "parameters": {"limited": "true"},
-            "allowVolumeExpansion": True,
-            "volumeBindingMode": "WaitForFirstConsumer",
-        }
-    )
-    yield name
-    world.cluster.run("delete", "storageclass", name)
-
-
-def test_a_full_disk_is_named_and_training_goes_on_once_it_has_grown(world, operator, make_namespace, limited_class):
+def test_a_full_disk_is_named_and_training_goes_on_once_it_has_grown(world, operator, make_namespace):
     job = apply_job(
         world.cluster,
         make_namespace("full"),
@@ -36,7 +15,7 @@ def test_a_full_disk_is_named_and_training_goes_on_once_it_has_grown(world, oper
             "full",
             training={"maxSteps": 40},
             checkpoint={"everySteps": 2},
-            workspace={"size": "96Mi", "storageClassName": limited_class},
+            workspace={"size": "96Mi", "storageClassName": "limited"},
             evaluation={"holdout": True},
         ),
     )

@@ -10,6 +10,7 @@ import json
 import urllib.request
 
 import pytest
+
 from tests.demo.demo import ask, make_s3_client
 from tests.support.jobs import JobHandle, apply_job, make_job
 from tests.support.waiting import eventually

@@ -18,6 +18,7 @@ from typing import Any
 import boto3
 import botocore.config
 import yaml
+
 from tests.demo import corpus, tiny_llama
 from tests.demo.follow import Follower, JobFailedError
 from tests.demo.kubectl import Cluster, ClusterError

@@ -11,8 +11,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from tests.demo.kubectl import Cluster, ClusterError
 from tqdm import tqdm
+
+from tests.demo.kubectl import Cluster, ClusterError
 
 LOOK_SECONDS = 0.5
 

@@ -1,4 +1,4 @@
-"""Job manifests that tests judge: the good and bad ones under tests/data/jobs, and the examples that users start from."""
+"""Job manifests that tests judge: the good and bad ones under tests/data/jobs, and those users start from."""
 
 from __future__ import annotations
 

@@ -209,10 +209,7 @@ def _build_addons(cluster: Cluster, programs: Programs) -> list[Component]:
         *("prometheus", f"--config.file={cluster.run}/prometheus.json", f"--storage.tsdb.path={cluster.run}/metrics"),
         *(f"--web.listen-address={address}:9090", "--web.enable-lifecycle", "--log.level=warn"),
     ]
-    kwok = [
-        *(kube, "kwok", f"--kubeconfig={kubeconfig}", "--manage-nodes-with-annotation-selector=kwok.x-k8s.io/node=fake"),
-        "--node-ip=127.0.0.2",
-    ]
+    kwok = [kube, "kwok", f"-kubeconfig={kubeconfig}"]
     return [
         Component("dns", [kube, "coredns", "-conf", f"{cluster.run}/Corefile"], f"http://{address}:8080/health"),
         Component("provisioner", provisioner, ""),

@@ -26,7 +26,7 @@ PACKAGE_OF_PROGRAM = {
     "ip": "iproute2",
     "mount": "mount",
     "openssl": "openssl",
-    "debootstrap": "debootstrap",
+    "mmdebstrap": "mmdebstrap",
     "prometheus": "prometheus",
     "busybox": "busybox-static",
 }

@@ -75,7 +75,7 @@ def _hash_sources(program: GoProgram) -> str:
 
 def _compile(program: GoProgram, binary: Path) -> None:
     if shutil.which("go") is None:
-        raise ClusterError("go is missing: install Go 1.25 or later and put it on PATH")
+        raise ClusterError("go is missing: install Go 1.26 or later and put it on PATH")
     # A compiler that collects garbage less often is a tenth faster; CGO would need a C compiler.
     environment = {**os.environ, "CGO_ENABLED": "0", "GOGC": "400", "GOFLAGS": "-mod=readonly -buildvcs=false"}
     show(f"building {program.name}: reading its modules")

@@ -32,6 +32,7 @@ func main() {
 		"coredns":                 runCoreDNS,
 		"discovery":               runDiscovery,
 		"provisioner":             runProvisioner,
+		"kwok":                    runKwok,
 	}
 	var chosen func() int
 	if len(os.Args) > 1 {
