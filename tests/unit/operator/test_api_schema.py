@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
-from finetune_operator.api import crd, v1alpha1
-
 from tests.support.manifests import REPOSITORY
+
+from finetune_operator.api import crd, v1alpha1
 
 MAX_CLIENT_SIDE_APPLY_BYTES = 262144
 
@@ -90,7 +90,9 @@ def test_every_section_with_defaults_defaults_itself():
     for path, node in NODES:
         has_defaults = any("default" in item for item in node.get("properties", {}).values())
         parent = path.rpartition(".")[0]
-        optional_section = path.startswith(".spec.") and parent == ".spec" and path not in (".spec.model", ".spec.dataset")
+        optional_section = (
+            path.startswith(".spec.") and parent == ".spec" and path not in (".spec.model", ".spec.dataset")
+        )
         if has_defaults and optional_section and not path.endswith(".pod"):
             assert node.get("default") == {}, path
 

@@ -1,0 +1,65 @@
+"""A real API server without nodes, shared by the tests of this rung, with the CRD installed."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from tests.demo.kubectl import Cluster, ClusterError
+from tests.support.manifests import REPOSITORY
+from tests.support.waiting import eventually
+
+_TOOL = REPOSITORY / "tests" / "cluster" / "cluster.py"
+_NAME = "api-rung"
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if pathlib.Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.api)
+
+
+def _run_tool(*arguments):
+    result = subprocess.run(
+        (sys.executable, str(_TOOL), *arguments, "--name", _NAME), check=False, stdout=subprocess.PIPE, text=True
+    )
+    assert result.returncode == 0, f"cluster.py {arguments[0]} failed; its log says why"
+    return result.stdout
+
+
+@pytest.fixture(scope="session")
+def api_server():
+    """An API server of our own, named by kubeconfig and context; gone when the tests are done."""
+    status = json.loads(_run_tool("up", "--control-plane-only"))
+    try:
+        yield Cluster(status["kubeconfig"], status["context"], f"{status['bin']}/kubectl", f"{status['bin']}/helm")
+    finally:
+        _run_tool("down")
+
+
+@pytest.fixture(scope="session")
+def crd(api_server):
+    """The CustomResourceDefinition, served."""
+    api_server.run("apply", "--server-side", "-f", str(REPOSITORY / "crds" / "finetunejobs.yaml"))
+    api_server.run("wait", "--for=condition=Established", "crd/finetunejobs.finetune.dev", "--timeout=30s")
+
+    def is_served():
+        try:
+            return api_server.run("get", "finetunejobs")
+        except ClusterError:
+            return None
+
+    eventually(lambda: is_served() is not None, within=30, otherwise="finetunejobs are not served")
+    return api_server
+
+
+@pytest.fixture
+def namespace(crd, request):
+    """A namespace of the test's own."""
+    name = f"t-{abs(hash(request.node.nodeid)) % 10**10}"
+    crd.run("create", "namespace", name)
+    yield name
+    crd.run("delete", "namespace", name, "--wait=false")
