@@ -1,0 +1,1 @@
+"""Pure builders of whole child objects, one module per child. Called by `lifecycle`; they decide nothing."""

@@ -1,0 +1,90 @@
+"""Jobs of the phases that run once: inspect, prepare, promote, evaluate, publish.
+
+Kubernetes retries them by itself, with its own backoff, as long as the exit code says that another try may help.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from finetune_contract.reports import ExitCode, Phase
+
+from .. import naming
+from ..plan import Plan
+from ..record import Record
+from ..sizing import choose_gpus_to_evaluate
+from .common import Container, build_job, build_pod_spec
+from .run_config import build_run_config, build_run_config_map
+
+RETRIES = 5
+"""Five tries after the first, 10 s to 160 s apart: about five minutes for a service to come back."""
+NOT_RETRIED = (
+    ExitCode.USAGE,
+    ExitCode.DATA,
+    ExitCode.NO_INPUT,
+    ExitCode.INTERNAL,
+    ExitCode.STORAGE_FULL,
+    ExitCode.NO_PERMISSION,
+    ExitCode.CONFIG,
+    ExitCode.OUT_OF_MEMORY,
+    ExitCode.FENCED,
+)
+GRACE_SECONDS = 30
+BYTES_PER_PARAMETER_PROMOTED = 4
+"""Memory to put a model together from its checkpoint."""
+
+
+def build_phase(plan: Plan, phase: Phase, record: Record, progress_ca: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the ConfigMap and the Job of a phase."""
+    name = plan.names.phase_job(phase)
+    config_map = build_run_config_map(plan, name, phase, build_run_config(plan, record), progress_ca)
+    pod_spec = build_pod_spec(plan, _container(plan, phase, record, name))
+    pod_spec["terminationGracePeriodSeconds"] = GRACE_SECONDS
+    job = build_job(plan, name, phase, _retry_spec(), pod_spec)
+    if phase is Phase.INSPECT:
+        job["metadata"]["annotations"] = {naming.ANNOTATION_SOURCES: plan.source_digest}
+    return config_map, job
+
+
+def _retry_spec() -> dict[str, Any]:
+    final = {"containerName": naming.CONTAINER, "operator": "In", "values": sorted(int(code) for code in NOT_RETRIED)}
+    return {
+        "backoffLimit": RETRIES,
+        "completions": 1,
+        "parallelism": 1,
+        "podFailurePolicy": {
+            "rules": [
+                {"action": "FailJob", "onExitCodes": final},
+                {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+            ]
+        },
+    }
+
+
+def _container(plan: Plan, phase: Phase, record: Record, config_map: str) -> Container:
+    requests = dict(plan.preparation_resources.get("requests", {}))
+    limits = dict(plan.preparation_resources.get("limits", {}))
+    parameters = int(record.details(Phase.INSPECT).get("model_parameters") or 0)
+    gpus, shared = 0, ""
+    if phase is Phase.EVALUATE:
+        gpus = choose_gpus_to_evaluate(parameters, plan.resources.gpus)
+        shared = plan.resources.shared_memory
+        written = {"cpu": plan.resources.cpu, "memory": plan.resources.memory}
+        requests |= {name: value for name, value in written.items() if value}
+        limits = {"memory": plan.resources.memory} if plan.resources.memory else {}
+    elif phase is Phase.PROMOTE:
+        limits = {}
+        if parameters:
+            requests["memory"] = f"{max(1024, parameters * BYTES_PER_PARAMETER_PROMOTED >> 20)}Mi"
+    reads_claim = any(source.source.startswith("pvc://") for source in (plan.run.model, *plan.run.dataset.sources))
+    is_inspect = phase is Phase.INSPECT
+    return Container(
+        phase=phase,
+        config_map=config_map,
+        gpus=gpus,
+        requests=requests,
+        limits=limits,
+        shared_memory=shared,
+        has_workspace=not is_inspect or reads_claim,
+        is_workspace_read_only=is_inspect,
+    )

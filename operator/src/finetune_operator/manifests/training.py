@@ -1,0 +1,116 @@
+"""One attempt at training: an Indexed Job, its headless Service, and the budget that refuses voluntary eviction."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from finetune_contract import environment
+from finetune_contract.reports import Phase
+
+from .. import naming
+from ..placement import avoid_nodes, spread_over_nodes
+from ..plan import Plan
+from ..record import Record
+from .common import Container, build_job, build_labels, build_metadata, build_pod_spec
+from .run_config import build_run_config, build_run_config_map
+
+GRACE_SECONDS = 120
+"""From SIGTERM to SIGKILL: time to finish a step and save."""
+LOST_NODE_SECONDS = 60
+"""How long a node may be unreachable before its pod is given up; Kubernetes' default is 300."""
+METRICS_PORT = 9464
+SAFE_TO_EVICT = "cluster-autoscaler.kubernetes.io/safe-to-evict"
+
+
+def build_training_service(plan: Plan) -> dict[str, Any]:
+    """Return the headless Service that gives the pods host names."""
+    return {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": build_metadata(plan, plan.names.training_service, Phase.TRAIN),
+        "spec": {
+            "clusterIP": "None",
+            # Ranks look each other up before any of them is ready.
+            "publishNotReadyAddresses": True,
+            "selector": {naming.LABEL_JOB: plan.name, naming.LABEL_COMPONENT: Phase.TRAIN.value},
+            "ports": [{"name": "rendezvous", "port": plan.run.topology.rendezvous_port, "protocol": "TCP"}],
+        },
+    }
+
+
+def build_disruption_budget(plan: Plan) -> dict[str, Any]:
+    """Return the budget with which the API server refuses to evict training pods."""
+    return {
+        "apiVersion": "policy/v1",
+        "kind": "PodDisruptionBudget",
+        "metadata": build_metadata(plan, plan.names.training_service, Phase.TRAIN),
+        "spec": {
+            "maxUnavailable": 0,
+            "selector": {
+                "matchLabels": {naming.LABEL_JOB: plan.name, naming.LABEL_COMPONENT: Phase.TRAIN.value},
+            },
+        },
+    }
+
+
+def build_attempt(plan: Plan, record: Record, number: int, progress_ca: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the ConfigMap and the Job of an attempt."""
+    name = plan.names.training_job(number)
+    run = build_run_config(plan, record, number)
+    config_map = build_run_config_map(plan, name, Phase.TRAIN, run, progress_ca)
+    config_map["metadata"]["labels"][naming.LABEL_ATTEMPT] = str(number)
+    pod_spec = build_pod_spec(plan, _container(plan, name, number), avoid_nodes(sorted(record.excluded_nodes)))
+    pod_spec |= {
+        "subdomain": plan.names.training_service,
+        "terminationGracePeriodSeconds": GRACE_SECONDS,
+        "tolerations": [*pod_spec.get("tolerations", ()), *_lost_node_tolerations()],
+    }
+    nodes = plan.run.topology.nodes
+    if nodes > 1:
+        labels = {**build_labels(plan, Phase.TRAIN), naming.LABEL_ATTEMPT: str(number)}
+        pod_spec["affinity"] = spread_over_nodes(pod_spec.get("affinity", {}), labels, plan.placement.topology_key)
+    spec = {
+        "backoffLimit": 0,
+        "completionMode": "Indexed",
+        "completions": nodes,
+        "parallelism": nodes,
+    }
+    job = build_job(plan, name, Phase.TRAIN, spec, pod_spec)
+    template = job["spec"]["template"]["metadata"]
+    for metadata in (job["metadata"], template):
+        metadata["labels"][naming.LABEL_ATTEMPT] = str(number)
+    template["annotations"] = {SAFE_TO_EVICT: "false", **template.get("annotations", {})}
+    return config_map, job
+
+
+def _lost_node_tolerations() -> list[dict[str, Any]]:
+    return [
+        {
+            "key": f"node.kubernetes.io/{state}",
+            "operator": "Exists",
+            "effect": "NoExecute",
+            "tolerationSeconds": LOST_NODE_SECONDS,
+        }
+        for state in ("not-ready", "unreachable")
+    ]
+
+
+def _container(plan: Plan, config_map: str, number: int) -> Container:
+    resources = plan.resources
+    amounts = {"cpu": resources.cpu, "memory": resources.memory}
+    requests = {name: value for name, value in amounts.items() if value} | dict(resources.extended)
+    limits = ({"memory": resources.memory} if resources.memory else {}) | dict(resources.extended)
+    own: tuple[dict[str, Any], ...] = (
+        {"name": environment.ATTEMPT, "value": str(number)},
+        {"name": environment.METRICS_PORT, "value": str(METRICS_PORT)},
+    )
+    return Container(
+        phase=Phase.TRAIN,
+        config_map=config_map,
+        gpus=resources.gpus,
+        requests=requests,
+        limits=limits,
+        shared_memory=resources.shared_memory,
+        env=(*own, *plan.tracking_env),
+        num_processes=plan.run.topology.processes_per_node,
+    )

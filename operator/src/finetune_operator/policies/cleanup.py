@@ -1,0 +1,35 @@
+"""What is removed when: finished pods after the time to live, the workspace where its retention says so. Pure."""
+
+from __future__ import annotations
+
+import datetime
+
+from ..observed import Observed
+from ..plan import Plan
+from ..record import Terminal, to_time
+from ..steps import Reference
+
+
+def next_cleanup(plan: Plan, terminal: Terminal) -> datetime.datetime | None:
+    """Return when the finished job's pods go; None: never."""
+    ended = to_time(terminal.time)
+    if plan.deadlines.time_to_live < 0 or ended is None:
+        return None
+    return ended + datetime.timedelta(seconds=plan.deadlines.time_to_live)
+
+
+def list_finished_children(plan: Plan, observed: Observed) -> tuple[Reference, ...]:
+    """Return what a finished job no longer needs. The record, the plan and what is served are not in it."""
+    kept = {plan.names.plan_map, plan.names.record_map, plan.names.serving_map}
+    jobs = tuple(Reference("batch/v1", "Job", job.name, job.uid) for job in observed.jobs if not job.is_deleting)
+    maps = tuple(Reference("v1", "ConfigMap", name) for name in observed.config_maps if name not in kept)
+    others = tuple(Reference(*child) for child in observed.other_children)
+    return (*jobs, *maps, *others)
+
+
+def list_surplus_workspace(plan: Plan, observed: Observed) -> tuple[Reference, ...]:
+    """Return the workspace of a finished job when its retention policy removes it then."""
+    claim = observed.claim
+    if claim is None or claim.is_deleting or plan.workspace.is_existing or not plan.workspace.is_deleted_when_finished:
+        return ()
+    return (Reference("v1", "PersistentVolumeClaim", claim.name, claim.uid),)

@@ -1,0 +1,112 @@
+"""Arithmetic of sizes: quantities, what a workspace must hold, which ZeRO stage fits, how large a step is.
+
+Pure; used by `plan`, `policies` and `manifests`. Nothing here knows Kubernetes objects.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+
+GIB = 1024**3
+_UNITS = {"m": 1e-3, "": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15, "E": 1e18}
+_UNITS |= {f"{letter}i": 1024.0 ** (power + 1) for power, letter in enumerate("KMGTPE")}
+
+BYTES_PER_PARAMETER_ZERO_3 = 14
+"""A checkpoint of DeepSpeed ZeRO-3: 2 for the weights, 12 for the optimizer's fp32 copy and moments."""
+BYTES_PER_PARAMETER_ZERO_1_2 = 16
+"""ZeRO-1 and ZeRO-2 write the weights twice."""
+LORA_SHARE_PER_RANK = 0.01 / 16
+"""Adapters of rank 16 on every linear layer hold about one hundredth of the parameters."""
+BYTES_PER_PARAMETER_OUTPUT = 2
+GPU_MEMORY_BYTES = 80_000_000_000
+"""What a GPU is taken to have where nothing says otherwise: an A100 with 80 GB."""
+USABLE_SHARE = 0.6
+"""Share of a GPU's memory that may hold weights, gradients and optimizer; activations take the rest."""
+
+
+def to_number(quantity: str | int | float) -> float:
+    """Return a Kubernetes quantity as a number. Raises ValueError when it is none."""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?)([a-zA-Z]*)", str(quantity))
+    if not found or found.group(2) not in _UNITS:
+        raise ValueError(f"not a quantity: {quantity!r}")
+    return float(found.group(1)) * _UNITS[found.group(2)]
+
+
+def to_gibibytes(num_bytes: float) -> str:
+    """Return a size rounded up to whole GiB, as a quantity."""
+    return f"{max(1, math.ceil(num_bytes / GIB))}Gi"
+
+
+def to_words(num_bytes: float) -> str:
+    """Return a size for a message, with the unit that keeps it short."""
+    for unit, size in (("GiB", GIB), ("MiB", 1024**2), ("KiB", 1024)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.1f} {unit}"
+    return f"{int(num_bytes)} bytes"
+
+
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """What will lie on the workspace."""
+
+    model_bytes: int
+    dataset_bytes: int
+    parameters: int
+    checkpoints_kept: int
+    zero_stage: int
+    lora_rank: int
+    """0: all weights are trained."""
+
+
+def checkpoint_bytes(contents: Contents) -> int:
+    """Return the size of one checkpoint."""
+    per_parameter = BYTES_PER_PARAMETER_ZERO_3 if contents.zero_stage == 3 else BYTES_PER_PARAMETER_ZERO_1_2
+    trained = contents.parameters
+    if contents.lora_rank:
+        trained = math.ceil(contents.parameters * min(1.0, LORA_SHARE_PER_RANK * contents.lora_rank))
+    return trained * per_parameter
+
+
+def needed_bytes(contents: Contents) -> int:
+    """Return what the workspace must hold at its fullest: one checkpoint more than is kept exists while one is made.
+
+    The data set lies there twice, as it came and as it was prepared.
+    """
+    output = max(contents.model_bytes, contents.parameters * BYTES_PER_PARAMETER_OUTPUT)
+    checkpoints = (contents.checkpoints_kept + 1) * checkpoint_bytes(contents)
+    return contents.model_bytes + 2 * contents.dataset_bytes + checkpoints + output
+
+
+def choose_size(contents: Contents) -> str:
+    """Return the size to ask for: what is needed, a fifth more, and room for reports."""
+    return to_gibibytes(needed_bytes(contents) * 1.2 + GIB / 2)
+
+
+def choose_zero_stage(parameters: int, processes: int, lora_rank: int) -> int:
+    """Return the lowest ZeRO stage of 2 and 3 whose share of the model fits into a GPU; 3 when nothing is known."""
+    if parameters <= 0:
+        return 3
+    trained = parameters * min(1.0, LORA_SHARE_PER_RANK * lora_rank) if lora_rank else parameters
+    stage_2 = 2 * parameters + 14 * trained / processes
+    return 2 if stage_2 <= GPU_MEMORY_BYTES * USABLE_SHARE else 3
+
+
+def choose_gpus_to_evaluate(parameters: int, gpus: int) -> int:
+    """Return how many GPUs hold the promoted model with room for its caches."""
+    if gpus == 0:
+        return 0
+    wanted = math.ceil(parameters * BYTES_PER_PARAMETER_OUTPUT / (GPU_MEMORY_BYTES * USABLE_SHARE))
+    return max(1, min(gpus, wanted))
+
+
+def choose_accumulation(per_device: int, max_length: int, tokens: int, rows: int, wanted: int = 4) -> int:
+    """Return the accumulation with which packed sequences carry as many real tokens per step as padded ones would.
+
+    A padded sequence carries one row, a packed one as many rows as fit.
+    """
+    if tokens <= 0 or rows <= 0:
+        return wanted
+    rows_per_sequence = max(1.0, max_length / min(max_length, max(1.0, tokens / rows)))
+    return max(1, round(wanted / rows_per_sequence))
