@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+
 from tests.demo.kubectl import Cluster, ClusterError
 from tests.support.manifests import REPOSITORY
 from tests.support.waiting import eventually

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+
 from tests.demo.kubectl import ClusterError
 from tests.support.manifests import BAD, EXAMPLES, GOOD, name_case, read_expected, read_job
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import datetime as dt
 
 import pytest
-from tests.support.manifests import EXAMPLES, GOOD, REPOSITORY, name_case, read_job
 
 from finetune_operator.api import v1alpha1 as api
 from finetune_operator.api.crd import build_schema
+from tests.support.manifests import EXAMPLES, GOOD, REPOSITORY, name_case, read_job
 
 NOW = dt.datetime(2026, 11, 23, 10, 0, 0, 123456, tzinfo=dt.UTC)
 

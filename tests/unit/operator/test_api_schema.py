@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
-from tests.support.manifests import REPOSITORY
 
 from finetune_operator.api import crd, v1alpha1
+from tests.support.manifests import REPOSITORY
 
 MAX_CLIENT_SIDE_APPLY_BYTES = 262144
 

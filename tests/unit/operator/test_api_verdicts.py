@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from tests.support.manifests import BAD, GOOD, name_case, read_expected, read_job
 
 from finetune_operator.api.v1alpha1 import InvalidManifestError, parse_job
+from tests.support.manifests import BAD, GOOD, name_case, read_expected, read_job
 
 
 @pytest.mark.parametrize("path", GOOD, ids=name_case)
