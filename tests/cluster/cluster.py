@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable
 
@@ -19,6 +20,8 @@ from embedded.processes import run_inside
 
 
 def main() -> int:
+    # Programs of the system administrator's are not on every root's PATH.
+    os.environ["PATH"] = f"{os.environ.get('PATH', '/usr/bin:/bin')}:/usr/local/sbin:/usr/sbin:/sbin"
     arguments = _build_parser().parse_args()
     try:
         code: int = arguments.run(arguments) or 0

@@ -57,6 +57,7 @@ def _list_api_names(cluster: Cluster) -> list[str]:
 
 def _build_kubeconfig(cluster: Cluster, user: str) -> dict[str, object]:
     """Credentials are inlined so that the file can be copied anywhere."""
+
     def inline(file: str) -> str:
         return base64.b64encode((cluster.pki / file).read_bytes()).decode()
 

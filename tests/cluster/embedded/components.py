@@ -216,7 +216,8 @@ def _build_addons(cluster: Cluster, programs: Programs) -> list[Component]:
         Component("discovery", discovery, f"http://{address}:9091/pods"),
         Component("s3", s3, f"{cluster.s3_url}/health", _read_s3_credentials(cluster)),
         Component("prometheus", prometheus, f"{cluster.prometheus_url}/-/ready"),
-        Component("kwok", kwok, ""),
+        # etcd 3.4 cannot serve streamed lists: without this KWOK tries them first and sees changes seconds late.
+        Component("kwok", kwok, "", {"KUBE_FEATURE_WatchListClient": "false"}),
     ]
 
 

@@ -130,9 +130,7 @@ class Cluster:
 def open_cluster(name: str) -> Cluster:
     """The cluster of that name; gives a new one the first address block that nothing on this host uses."""
     if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,18}[a-z0-9])?", name):
-        raise ClusterError(
-            f"--name {name!r}: use 1 to 20 lower-case letters, digits and hyphens, starting and ending with a letter or digit"
-        )
+        raise ClusterError(f"--name {name!r}: use 1 to 20 lower-case letters, digits and inner hyphens")
     CLUSTERS.mkdir(parents=True, exist_ok=True)
     with held_lock(CLUSTERS / ".lock"):
         block_file = CLUSTERS / name / "block"

@@ -39,7 +39,7 @@ LEVELS = {
     "api": parts.API_COMPONENTS,
     "node": parts.RUNTIME_COMPONENTS + parts.API_COMPONENTS + parts.NODE_COMPONENTS,
 }
-RUN_FOLDERS = ("pids", "logs", "pod-logs", "volumes", "buckets", "volume-plugins")
+RUN_FOLDERS = ("pids", "levels", "logs", "pod-logs", "volumes", "buckets", "volume-plugins")
 
 
 def bring_up(cluster: Cluster, level: str) -> None:
@@ -53,6 +53,7 @@ def bring_up(cluster: Cluster, level: str) -> None:
     with held_lock(cluster.folder / ".lock"):
         for folder in RUN_FOLDERS:
             (cluster.run / folder).mkdir(parents=True, exist_ok=True)
+        (cluster.run / "levels" / level).touch()
         init_pid = ensure_namespaces(cluster)
         _write_configuration(cluster, level)
         components = parts.build_components(cluster, programs, init_pid)
@@ -151,13 +152,18 @@ def take_down(cluster: Cluster, purge: bool = False) -> None:
         for name in ("kubelet", "prometheus"):
             stop_process(parts.pid_file(cluster, name), grace_seconds=0.5)
         end_namespaces(cluster)
-        shutil.rmtree(cluster.run, ignore_errors=True)
-        if cluster.run.exists():
+        # The kernel takes a moment to drop the mounts of namespaces that have just ended.
+        if not wait_until(lambda: _is_removed(cluster.run), 10):
             raise ClusterError(f"down: cannot remove {cluster.run}: look for mounts below it with `findmnt`")
         if purge:
             shutil.rmtree(cluster.images, ignore_errors=True)
     if not cluster.images.exists():
         shutil.rmtree(cluster.folder)
+
+
+def _is_removed(folder: Path) -> bool:
+    shutil.rmtree(folder, ignore_errors=True)
+    return not folder.exists()
 
 
 def stop_component(cluster: Cluster, name: str, force: bool = False) -> None:
@@ -191,11 +197,7 @@ def read_running(cluster: Cluster) -> int:
 
 def read_status(cluster: Cluster) -> dict[str, Any]:
     """Everything another program needs to use the cluster, as plain data."""
-    alive = {
-        file.name: read_pid(file) is not None
-        for file in sorted((cluster.run / "pids").glob("*"))
-        if file.name != "init"
-    }
+    alive = {name: read_pid(parts.pid_file(cluster, name)) is not None for name in _list_expected(cluster)}
     init_pid = read_pid(init_pid_file(cluster))
     state = "down" if init_pid is None else "up" if alive and all(alive.values()) else "degraded"
     return {
@@ -220,6 +222,14 @@ def read_status(cluster: Cluster) -> dict[str, Any]:
         "logs": str(cluster.run / "logs"),
         "components": alive,
     }
+
+
+def _list_expected(cluster: Cluster) -> list[str]:
+    """The components of the levels that were brought up, and those started by name."""
+    levels = (cluster.run / "levels").glob("*")
+    wanted = {name for level in levels for name in LEVELS[level.name]}
+    started = {file.name for file in (cluster.run / "pids").glob("*")} - {"init"}
+    return sorted(wanted | started)
 
 
 def list_cluster_names() -> list[str]:

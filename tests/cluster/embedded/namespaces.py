@@ -130,5 +130,3 @@ def enter_cluster(pid: int, env: dict[str, str] | None = None) -> None:
 def enter_process_namespace(pid: int) -> None:
     """For the uplink: on the host's network, yet dying with the cluster."""
     enter_namespaces(pid, ("pid",))
-
-

@@ -48,7 +48,12 @@ def install_missing_packages() -> None:
 def _apt_get(*arguments: str) -> None:
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     finished = subprocess.run(
-        ["apt-get", *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+        ["apt-get", *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
     )
     if finished.returncode:
         tail = "\n".join(finished.stdout.splitlines()[-15:])

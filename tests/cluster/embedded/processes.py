@@ -1,7 +1,7 @@
 """Starting and stopping processes inside a cluster's namespaces, remembered by pid files.
 
 Called by components.py (daemons) and by the command line (`exec`). A pid file holds the pid and the start time, so that
-a pid which the kernel has given to somebody else is never taken for ours. No process of another cluster is ever signalled.
+a pid which the kernel has given to somebody else is never taken for ours. Must not signal any other process.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def start_daemon(argv: Sequence[str], pid_file: Path, log: Path, enter: Callable
 
 
 def _become_daemon_parent(argv: Sequence[str], log: Path, enter: Callable[[], None], writer: int) -> None:
-    """Runs in the forked child: enters the namespaces, then forks once more (a pid namespace holds only new children)."""
+    """Runs in the forked child: enters the namespaces, then forks, for a pid namespace takes only new children."""
     os.setsid()
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     try:

