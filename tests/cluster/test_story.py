@@ -174,7 +174,7 @@ def test_only_as_many_checkpoints_as_asked_for_are_kept(seen):
 
 
 def test_the_gate_held_the_model_back_and_said_why(seen):
-    assert seen.held["reason"] == "GateFailed"
+    assert seen.held["reason"] == "EvaluationBelowGate"
     assert "holdout" in seen.held["message"]
     assert "evaluation.gates" in seen.held["message"]
 
