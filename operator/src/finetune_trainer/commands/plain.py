@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import pathlib
 import typing
 from collections.abc import Sequence
@@ -51,6 +52,17 @@ def _build_settings(args: argparse.Namespace) -> RunConfig:
         dataset=DatasetConfig(sources=sources),
         workspace=str(pathlib.Path(args.workspace).resolve()),
     )
+
+
+def prepare_libraries() -> None:
+    """Make the torch libraries start fast and stay quiet in commands that do not train."""
+    from finetune_trainer.training.stack import UNUSED, block_modules
+
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    block_modules((*UNUSED, "deepspeed"))
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def apply_overrides(settings: RunConfig, assignments: Sequence[str]) -> RunConfig:

@@ -73,8 +73,11 @@ def join_ranks(uses_gpus: bool) -> None:
 
 def _quieten() -> None:
     """Keep the log to what a reader of the pod needs: warnings of rank 0's libraries, errors of the others'."""
+    from transformers.utils import logging as transformers_logging
+
     # The libraries' advice to each other is not the user's business.
     warnings.filterwarnings("ignore", category=FutureWarning)
+    transformers_logging.disable_progress_bar()
     level = logging.WARNING if read_rank() == 0 else logging.ERROR
     for name in ("transformers", "trl", "accelerate", "DeepSpeed", "deepspeed", "datasets", "peft"):
         logging.getLogger(name).setLevel(level)

@@ -15,27 +15,28 @@ from collections.abc import Iterator, Sequence
 
 from finetune_trainer.reporting import emit
 
-_UNUSED = ("mlflow", "wandb", "scipy", "sklearn", "av", "librosa", "torchvision", "torchaudio", "soundfile")
+UNUSED = ("mlflow", "wandb", "scipy", "sklearn", "av", "librosa", "torchvision", "torchaudio", "soundfile")
 """Optional packages that cost import time and that training needs only as trackers, if at all."""
 
 
-def import_stack(tracking: Sequence[str] = (), uses_lora: bool = False) -> None:
+def import_stack(tracking: Sequence[str] = (), uses_gpus: bool = False) -> None:
     """Import everything a rank needs."""
     started = time.monotonic()
     # Asking the driver's library for GPUs, not the runtime: CUDA that has been initialised does not survive a fork.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    hidden = [name for name in _UNUSED if name not in tracking]
-    if not uses_lora:
-        hidden.append("peft")
+    hidden = [name for name in UNUSED if name not in tracking]
+    hidden += [] if uses_gpus else ["triton"]
     with hide_modules(hidden):
         import deepspeed  # noqa: F401
+        import peft  # noqa: F401
         import torch
         import transformers.integrations.deepspeed
-        import transformers.models.auto.modeling_auto  # noqa: F401
+        import transformers.models.auto.modeling_auto
         import trl.trainer.sft_trainer  # noqa: F401
 
+        _import_muon()
         import finetune_trainer.training.callbacks
         import finetune_trainer.training.collate
         import finetune_trainer.training.trainer  # noqa: F401
@@ -46,14 +47,36 @@ def import_stack(tracking: Sequence[str] = (), uses_lora: bool = False) -> None:
     emit("stack imported", seconds=round(time.monotonic() - started, 1))
 
 
+def _import_muon() -> None:
+    """Import DeepSpeed's Muon optimizer without the compiler.
+
+    DeepSpeed imports it in every run, to compare types; its one decorator would load all of `torch.compile` for it,
+    which takes longer than the rest of a rank's start.
+    """
+    import torch
+
+    compile_function = torch.compile
+    torch.compile = lambda model=None, **_options: model if model is not None else lambda function: function
+    try:
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+    finally:
+        torch.compile = compile_function
+
+
 @contextlib.contextmanager
 def hide_modules(names: Sequence[str]) -> Iterator[None]:
-    """Make imports of packages fail, as if they were not installed; those already imported stay."""
-    hidden = [name for name in names if name not in sys.modules]
-    for name in hidden:
-        sys.modules[name] = None  # type: ignore[assignment]
+    """Make imports of packages fail inside the block, as if they were not installed."""
+    hidden = block_modules(names)
     try:
         yield
     finally:
         for name in hidden:
             sys.modules.pop(name, None)
+
+
+def block_modules(names: Sequence[str]) -> list[str]:
+    """Make imports of packages fail from here on; those already imported stay. Return the names that were blocked."""
+    blocked = [name for name in names if name not in sys.modules]
+    for name in blocked:
+        sys.modules[name] = None  # type: ignore[assignment]
+    return blocked

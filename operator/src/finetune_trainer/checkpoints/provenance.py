@@ -1,0 +1,62 @@
+"""Where a promoted model comes from, as one machine-readable record: base, data, recipe, checkpoint, code. No torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import pathlib
+from typing import Any
+
+from finetune_contract.run_config import RunConfig
+from finetune_contract.workspace import Workspace
+from finetune_trainer.checkpoints.manifest import Manifest
+from finetune_trainer.reporting import now_text
+
+_PACKAGES = ("finetune-operator", "torch", "transformers", "trl", "deepspeed", "accelerate", "peft")
+
+
+def build_provenance(run: RunConfig, checkpoint: Manifest, digest: str) -> dict[str, Any]:
+    """Return the record of one promotion."""
+    workspace = Workspace(pathlib.Path(run.workspace))
+    data = _read_json(workspace.current_dataset)
+    return {
+        "digest": digest,
+        "created_at": now_text(),
+        "job": dataclasses.asdict(run.job),
+        "base_model": {
+            "source": run.model.source,
+            "revision": run.model.revision,
+            **_read_json(workspace.base_model_manifest),
+        },
+        "dataset": {
+            "sources": [source.source for source in run.dataset.sources],
+            "prompt_template": run.dataset.prompt_template,
+            "digest": data.get("digest", ""),
+            "report": _read_json(workspace.dataset(data["digest"]) / "report.json") if data.get("digest") else {},
+        },
+        "training": dataclasses.asdict(run.training),
+        "checkpoint": {
+            "step": checkpoint.step,
+            "attempt": checkpoint.attempt,
+            "created_at": checkpoint.created_at,
+            "world_size": checkpoint.world_size,
+            "metrics": dict(checkpoint.metrics),
+        },
+        "versions": {name: _read_version(name) for name in _PACKAGES},
+    }
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _read_version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""

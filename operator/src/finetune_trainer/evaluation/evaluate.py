@@ -1,0 +1,87 @@
+"""The story of an evaluation: the promoted model and its base, on held-out rows and tasks, under one harness."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+from finetune_contract.reports import ExitCode, Reason
+from finetune_contract.run_config import RunConfig
+from finetune_contract.workspace import Workspace
+from finetune_trainer.checkpoints import promoted
+from finetune_trainer.errors import TrainerError
+from finetune_trainer.evaluation.harness import is_local, score_tasks
+from finetune_trainer.evaluation.holdout import measure_entropy, score_holdout
+from finetune_trainer.reporting import emit
+from finetune_trainer.training import modeling, tokens
+from finetune_trainer.training.inputs import find_dataset
+
+Scores = dict[str, dict[str, float]]
+
+
+def evaluate(run: RunConfig, model: pathlib.Path | None = None) -> tuple[Scores, Scores]:
+    """Return the scores of the model (by default the promoted one) and of its base, task by task."""
+    folder = model or find_promoted(run)
+    rows = _read_holdout(run) if run.evaluation.holdout else None
+    scores = _score(run, folder, rows)
+    baseline: Scores = {}
+    if run.evaluation.baseline:
+        baseline = _score(run, modeling.find_base_model(run), rows)
+    return scores, baseline
+
+
+def find_promoted(run: RunConfig) -> pathlib.Path:
+    """Return the folder of the promoted model: by digest, or the only one there is. Raises TrainerError."""
+    workspace = Workspace(pathlib.Path(run.workspace))
+    folder = workspace.promoted_model(run.promotion.digest) if run.promotion.digest else None
+    if folder is None:
+        found = sorted(path.parent for path in workspace.output.glob(f"*/{promoted.MANIFEST}"))
+        if len(found) != 1:
+            raise TrainerError(
+                Reason.MODEL_NOT_FOUND,
+                ExitCode.NO_INPUT,
+                f"{workspace.output} has {len(found)} promoted models and no digest was given",
+                "Run `finetune-trainer promote` first, or add --set promotion.digest=DIGEST.",
+            )
+        folder = found[0]
+    promoted.read_manifest(folder)
+    return folder
+
+
+def _read_holdout(run: RunConfig) -> tokens.TokenizedRows:
+    base = modeling.find_base_model(run)
+    tokenizer = modeling.load_tokenizer(base, run.trust_remote_code)
+    max_length = min(run.training.max_length, modeling.limit_length(modeling.read_config(base)))
+    path = find_dataset(run) / "holdout.jsonl"
+    rows = tokens.tokenize(
+        tokens.read_conversations(path), run.dataset.prompt_template, tokenizer, max_length
+    )
+    if not rows.rows:
+        raise TrainerError(
+            Reason.EVALUATION_FAILED,
+            ExitCode.DATA,
+            f"{path}: no held-out row has an answer",
+            "Raise spec.dataset.holdoutFraction, or set spec.evaluation.holdout to false.",
+        )
+    return rows
+
+
+def _score(run: RunConfig, folder: pathlib.Path, rows: tokens.TokenizedRows | None) -> Scores:
+    import torch
+
+    # Both models in 16 bits, as they are served: a difference in precision would pass for one in quality.
+    dtype = "float16" if run.training.precision == "fp16" else "bfloat16"
+    tokenizer = modeling.load_tokenizer(folder, run.trust_remote_code)
+    model: Any = modeling.load_model(folder, dtype, run.trust_remote_code)
+    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    scores: Scores = {}
+    if rows is not None:
+        scores["holdout"] = score_holdout(model, rows, modeling.choose_pad_token(tokenizer))
+        scores["holdout"]["unigram_entropy"] = measure_entropy(rows)
+        emit("held-out rows scored", model=folder.name[:12], rows=len(rows.rows), **scores["holdout"])
+    if run.evaluation.tasks:
+        root = pathlib.Path(run.workspace)
+        local = any(is_local(name) for name in run.evaluation.tasks)
+        emit("tasks begin", model=folder.name[:12], tasks=len(run.evaluation.tasks), local=local)
+        scores |= score_tasks(model, tokenizer, run.evaluation.tasks, run.evaluation.limit, root)
+    return scores

@@ -1,0 +1,96 @@
+"""lm-eval tasks by name or from local YAML, with the shots of the first Open LLM Leaderboard as one group."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from finetune_contract.reports import ExitCode, Reason
+from finetune_trainer.errors import TrainerError, first_line
+
+GROUPS: Mapping[str, Mapping[str, int]] = {
+    "open-llm-v1": {"arc_challenge": 25, "hellaswag": 10, "mmlu": 5, "truthfulqa_mc2": 0},
+}
+"""Our groups: lm-eval tasks and their number of examples in the prompt."""
+
+
+def expand_tasks(names: Sequence[str]) -> list[tuple[str, int | None]]:
+    """Return each task with its shots; None keeps those of the task."""
+    expanded: list[tuple[str, int | None]] = []
+    for name in names:
+        expanded += list(GROUPS[name].items()) if name in GROUPS else [(name, None)]
+    return expanded
+
+
+def is_local(name: str) -> bool:
+    """Return whether a task is a file."""
+    return name.endswith((".yaml", ".yml"))
+
+
+def score_tasks(model: Any, tokenizer: Any, names: Sequence[str], limit: int, root: pathlib.Path) -> dict[str, Any]:
+    """Return `{task: {metric: number}}` for one model. Relative task files lie below `root`."""
+    from lm_eval.models.huggingface import HFLM
+
+    scores: dict[str, Any] = {}
+    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8, device=str(model.device))
+    for name, shots in expand_tasks(names):
+        scores |= _score_task(wrapped, name, shots, limit, root)
+    return scores
+
+
+def _score_task(model: Any, name: str, shots: int | None, limit: int, root: pathlib.Path) -> dict[str, Any]:
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    path = (root / name).resolve() if is_local(name) else None
+    if path is not None and not path.is_file():
+        raise TrainerError(
+            Reason.EVALUATION_FAILED,
+            ExitCode.NO_INPUT,
+            f"spec.evaluation.tasks: no file {path}",
+            "Name an lm-eval task, open-llm-v1, or the path of a task file below the workspace.",
+        )
+    try:
+        # A local task's data files are named relative to its own folder.
+        with _working_folder(path.parent if path else pathlib.Path.cwd()):
+            result = lm_eval.simple_evaluate(
+                model,
+                tasks=[str(path or name)],
+                num_fewshot=shots,
+                limit=limit or None,
+                log_samples=False,
+                bootstrap_iters=0,
+                task_manager=TaskManager(include_defaults=path is None),
+            )
+    except (KeyError, ValueError, OSError, ConnectionError) as error:
+        raise TrainerError(
+            Reason.EVALUATION_FAILED,
+            ExitCode.NO_INPUT,
+            f"task {name}: {first_line(error)}",
+            "Check the task's name, and that its data can be reached or lies in the Hugging Face cache.",
+        ) from error
+    return {task: _numbers(metrics) for task, metrics in (result or {})["results"].items()}
+
+
+def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Return the plain metrics; lm-eval names them `metric,filter`."""
+    kept: dict[str, float] = {}
+    for name, value in metrics.items():
+        metric, _, variant = name.partition(",")
+        if isinstance(value, int | float) and not isinstance(value, bool) and not metric.endswith("_stderr"):
+            if variant:
+                kept[metric if variant == "none" else name] = float(value)
+    return kept
+
+
+@contextlib.contextmanager
+def _working_folder(folder: pathlib.Path) -> Iterator[None]:
+    previous = pathlib.Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(previous)
