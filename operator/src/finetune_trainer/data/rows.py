@@ -16,7 +16,7 @@ import lzma
 import pathlib
 import zlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 MAX_ROW_BYTES = 32 * 1024 * 1024
 """A longer row is bad: no instruction is that long, and memory has to be bounded by something."""
@@ -51,34 +51,74 @@ class UnreadableFileError(Exception):
     """The file cannot be parsed from some place on."""
 
     def __init__(self, path: pathlib.Path, line: int, why: str) -> None:
-        super().__init__(f"{path.name}, line {line}: {why}" if line else f"{path.name}: {why}")
+        self.place = f", line {line}" if line else ""
+        self.why = why
+        super().__init__(f"{path.name}{self.place}: {why}")
 
 
-def list_rows(path: pathlib.Path) -> Iterator[Row | BadRow]:
-    """Yield the rows of a file in order. Raises UnreadableFileError."""
-    with open(path, "rb") as file:
-        start = file.read(8)
-    if start.startswith(_PARQUET_MAGIC):
-        yield from _list_parquet_rows(path)
-        return
-    if start.startswith(_ZSTD_MAGIC):
-        raise UnreadableFileError(path, 0, "compressed with Zstandard; use gzip, bzip2 or xz")
-    try:
-        with _open_text_bytes(path, start) as stream:
-            first = _first_character(stream)
-            if first == b"[":
-                yield from _list_array_rows(path, stream)
-            elif first:
-                yield from _list_line_rows(stream)
-    except _DECOMPRESSION_ERRORS as error:
-        raise UnreadableFileError(path, 0, f"its compressed data is damaged: {error}") from error
+class RowFile:
+    """One file of rows. Iterate once; `share` says how far the reading is."""
+
+    def __init__(self, path: pathlib.Path) -> None:
+        self._path = path
+        self._size = max(path.stat().st_size, 1)
+        self._raw: BinaryIO | None = None
+        self._parquet_share = 0.0
+
+    @property
+    def share(self) -> float:
+        """The part of the file that has been read, from 0 to 1."""
+        return self._parquet_share if self._raw is None else min(self._raw.tell() / self._size, 1.0)
+
+    def __iter__(self) -> Iterator[Row | BadRow]:
+        """Yield the rows in order. Raises UnreadableFileError."""
+        with open(self._path, "rb") as raw:
+            start = raw.read(8)
+            raw.seek(0)
+            if start.startswith(_PARQUET_MAGIC):
+                yield from self._list_parquet_rows()
+                return
+            if start.startswith(_ZSTD_MAGIC):
+                raise UnreadableFileError(self._path, 0, "compressed with Zstandard; use gzip, bzip2 or xz")
+            self._raw = raw
+            try:
+                yield from _list_text_rows(self._path, _open_stream(raw, start))
+            except _DECOMPRESSION_ERRORS as error:
+                raise UnreadableFileError(self._path, 0, f"its compressed data is damaged: {error}") from error
+            finally:
+                self._raw, self._parquet_share = None, 1.0
+
+    def _list_parquet_rows(self) -> Iterator[Row | BadRow]:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            file = pq.ParquetFile(self._path)
+            total = max(file.metadata.num_rows, 1)
+            line = 0
+            for batch in file.iter_batches(batch_size=512):
+                for value in batch.to_pylist():
+                    line += 1
+                    yield Row(line, value)
+                self._parquet_share = line / total
+        except (pa.ArrowException, OSError, ValueError) as error:
+            why = str(error).splitlines()[0]
+            raise UnreadableFileError(self._path, 0, f"not readable as Parquet: {why}") from error
 
 
-def _open_text_bytes(path: pathlib.Path, start: bytes) -> io.BufferedReader:
+def _open_stream(raw: BinaryIO, start: bytes) -> io.BufferedReader:
     for magic, opener in _DECOMPRESSORS.items():
         if start.startswith(magic):
-            return io.BufferedReader(opener(path, "rb"), 1 << 20)
-    return open(path, "rb")
+            return io.BufferedReader(opener(raw, "rb"), 1 << 20)
+    return cast("io.BufferedReader", raw)
+
+
+def _list_text_rows(path: pathlib.Path, stream: io.BufferedReader) -> Iterator[Row | BadRow]:
+    first = _first_character(stream)
+    if first == b"[":
+        yield from _ArrayReader(path, stream).list_elements()
+    elif first:
+        yield from _list_line_rows(stream)
 
 
 def _first_character(stream: io.BufferedReader) -> bytes:
@@ -206,22 +246,3 @@ class _ArrayReader:
 
     def _error(self, why: str) -> UnreadableFileError:
         return UnreadableFileError(self._path, self._line, why)
-
-
-def _list_array_rows(path: pathlib.Path, stream: io.BufferedReader) -> Iterator[Row | BadRow]:
-    yield from _ArrayReader(path, stream).list_elements()
-
-
-def _list_parquet_rows(path: pathlib.Path) -> Iterator[Row | BadRow]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        file = pq.ParquetFile(path)
-        line = 0
-        for batch in file.iter_batches(batch_size=512):
-            for value in batch.to_pylist():
-                line += 1
-                yield Row(line, value)
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise UnreadableFileError(path, 0, f"not readable as Parquet: {str(error).splitlines()[0]}") from error
