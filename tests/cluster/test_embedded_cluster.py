@@ -8,13 +8,17 @@ import os
 import re
 import secrets
 import signal
+import ssl
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 from pathlib import Path
 
 import pytest
 
+from tests.cluster.embedded.errors import ClusterError
+from tests.cluster.embedded.layout import choose_block
 from tests.cluster.embedded.processes import wait_until
 from tests.cluster.embedded.runtime import build_image_archive
 
@@ -176,6 +180,12 @@ def read_url(url):
         return response.read().decode()
 
 
+def test_a_new_cluster_takes_the_first_network_that_neither_host_nor_cluster_uses():
+    assert choose_block(taken={110, 111}, routes=["10.112.7.0/24", "192.168.0.0/16", "10.113.4.1"]) == 114
+    with pytest.raises(ClusterError, match="no free network"):
+        choose_block(taken=set(), routes=["10.0.0.0/8"])
+
+
 def test_down_leaves_nothing_of_a_cluster_that_ran_pods(make_cluster):
     before = without_comments(read_host())
     cluster = make_cluster()
@@ -245,6 +255,7 @@ def test_up_after_a_power_cut_brings_objects_and_pods_back(cluster):
     cluster.apply(build_pod("returns", "exec busybox sleep 600", restartPolicy="Always"))
     wait_for_pod(cluster, "returns", "Running")
     os.kill(cluster.status["initPid"], signal.SIGKILL)
+    assert wait_until(lambda: json.loads(cluster.tool("status").stdout)["state"] == "down", 20, 0.3)
     cluster.up()
 
     def restarted():
@@ -310,6 +321,16 @@ def test_pods_reach_the_s3_server_and_the_host(cluster):
     cluster.apply(build_pod("client", health))
     wait_for_pod(cluster, "client", "Succeeded")
     assert read_url(f"{cluster.status['s3']['url']}/health") == cluster.kubectl("logs", "client")
+
+
+def test_the_s3_server_answers_over_tls_only_to_who_knows_the_clusters_authority(cluster):
+    cluster.tool("start", "s3-tls")
+    s3 = cluster.status["s3"]
+    with pytest.raises(urllib.error.URLError, match="CERTIFICATE_VERIFY_FAILED"):
+        urllib.request.urlopen(f"{s3['tlsUrl']}/health", timeout=5)
+    trusted = ssl.create_default_context(cafile=s3["authority"])
+    with urllib.request.urlopen(f"{s3['tlsUrl']}/health", timeout=5, context=trusted) as answer:
+        assert answer.status == 200
 
 
 def test_a_limited_volume_runs_full_and_grows_under_its_pod(cluster):

@@ -22,7 +22,7 @@ READY_SECONDS = 60.0
 RUNTIME_COMPONENTS = ("uplink", "containerd")
 API_COMPONENTS = ("etcd", "apiserver", "controller-manager")
 NODE_COMPONENTS = ("scheduler", "kubelet", "proxy", "dns", "provisioner", "s3", "discovery", "prometheus")
-OPTIONAL_COMPONENTS = ("kwok",)
+OPTIONAL_COMPONENTS = ("kwok", "s3-tls")
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,9 @@ def _build_node(cluster: Cluster, kube: str) -> list[Component]:
 def _build_addons(cluster: Cluster, programs: Programs) -> list[Component]:
     kube, kubeconfig, address = str(programs.kube), f"{cluster.pki}/addons.kubeconfig", cluster.node_address
     provisioner = [kube, "provisioner", f"-kubeconfig={kubeconfig}", f"-root={cluster.run}/volumes"]
-    s3 = [str(programs.s3), f"-address={address}:7070", f"-folder={cluster.run}/buckets", f"-region={S3_REGION}"]
+    s3 = [str(programs.s3), f"-folder={cluster.run}/buckets", f"-region={S3_REGION}"]
+    tls = [f"-tls-cert={cluster.pki}/s3.crt", f"-tls-key={cluster.pki}/s3.key"]
+    s3_keys = _read_s3_credentials(cluster)
     discovery = [kube, "discovery", f"-kubeconfig={kubeconfig}", f"-address={address}:9091"]
     prometheus = [
         *("prometheus", f"--config.file={cluster.run}/prometheus.json", f"--storage.tsdb.path={cluster.run}/metrics"),
@@ -214,7 +216,8 @@ def _build_addons(cluster: Cluster, programs: Programs) -> list[Component]:
         Component("dns", [kube, "coredns", "-conf", f"{cluster.run}/Corefile"], f"http://{address}:8080/health"),
         Component("provisioner", provisioner, ""),
         Component("discovery", discovery, f"http://{address}:9091/pods"),
-        Component("s3", s3, f"{cluster.s3_url}/health", _read_s3_credentials(cluster)),
+        Component("s3", [*s3, f"-address={address}:7070"], f"{cluster.s3_url}/health", s3_keys),
+        Component("s3-tls", [*s3, f"-address={address}:7443", *tls], f"{cluster.s3_tls_url}/health", s3_keys),
         Component("prometheus", prometheus, f"{cluster.prometheus_url}/-/ready"),
         # etcd 3.4 cannot serve streamed lists: without this KWOK tries them first and sees changes seconds late.
         Component("kwok", kwok, "", {"KUBE_FEATURE_WatchListClient": "false"}),

@@ -123,6 +123,11 @@ class Cluster:
         return f"http://{self.node_address}:7070"
 
     @property
+    def s3_tls_url(self) -> str:
+        """The same buckets behind the cluster's own authority; answers once `s3-tls` has been started."""
+        return f"https://{self.node_address}:7443"
+
+    @property
     def prometheus_url(self) -> str:
         return f"http://{self.node_address}:9090"
 

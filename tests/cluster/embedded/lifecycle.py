@@ -209,7 +209,12 @@ def read_status(cluster: Cluster) -> dict[str, Any]:
         "nodeAddress": cluster.node_address,
         "hostAddress": cluster.host_address,
         "uplinkDns": cluster.uplink_dns,
-        "s3": {"url": cluster.s3_url, "credentials": str(cluster.run / "s3.env")},
+        "s3": {
+            "url": cluster.s3_url,
+            "tlsUrl": cluster.s3_tls_url,
+            "authority": str(cluster.pki / "ca.crt"),
+            "credentials": str(cluster.run / "s3.env"),
+        },
         "prometheus": cluster.prometheus_url,
         "containerd": {
             "socket": str(cluster.containerd_socket),
