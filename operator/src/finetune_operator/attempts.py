@@ -77,7 +77,9 @@ def _make_or_miss(view: View, attempt: Attempt) -> Step:
 
 def _record_success(view: View, attempt: Attempt, job: Job) -> Step:
     pods = view.observed.pods_of(job)
-    reports = [pod.exit.report for pod in pods if pod.exit is not None and pod.exit.report is not None and pod.index == 0]
+    reports = [
+        pod.exit.report for pod in pods if pod.exit is not None and pod.exit.report is not None and pod.index == 0
+    ]
     details = dict(reports[0].details) if reports else {}
     ended = _end(view, attempt, job, PodReason.COMPLETED, "training has ended")
     resumed = details.get("resumed_from_step")
@@ -192,15 +194,23 @@ def _next_after_attempt(view: View, attempt: Attempt, job: Job | None) -> Step:
     if remaining:
         message = f"waiting for pod {remaining[0].name} of attempt {attempt.number} to end"
         return Wait(dataclasses.replace(situation, message=message))
-    claim, full_at = view.observed.claim, view.record.storage_full_at
-    if full_at and claim is not None and attempt.reason == PodReason.STORAGE_FULL and attempt.digest == view.plan.digest:
-        if (claim.capacity_bytes or claim.requested_bytes) <= full_at:
-            return storage_full(view, attempt.message, situation)
+    if attempt.reason == PodReason.STORAGE_FULL and _is_still_full(view, attempt):
+        return storage_full(view, attempt.message, situation)
     if attempt.reason not in UNCOUNTED_ENDS:
         due = next_start(view.record, attempt)
         if view.now < due:
             return Wait(situation, until=due)
     return start_attempt(view, view.record)
+
+
+def _is_still_full(view: View, attempt: Attempt) -> bool:
+    """Has the workspace not grown yet? Another change of the spec says that its user has made room."""
+    claim = view.observed.claim
+    if claim is None:
+        return False
+    size = claim.capacity_bytes or claim.requested_bytes
+    is_growing = view.plan.workspace.size_bytes > size
+    return size <= view.record.storage_full_at and (is_growing or attempt.digest == view.plan.digest)
 
 
 def _is_still_running(view: View, pod: Pod) -> bool:

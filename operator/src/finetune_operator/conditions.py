@@ -93,7 +93,7 @@ class Reason(enum.StrEnum):
     DELETING = "Deleting"
     NAME_IN_USE = "NameInUse"
     OBJECT_REFUSED = "ObjectRefused"
-    CLUSTER_UNAVAILABLE = "ClusterUnavailable"
+    CLUSTER_UNAVAILABLE = "ClusterUnavailableError"
 
 
 def build_conditions(

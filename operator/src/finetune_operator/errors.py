@@ -1,7 +1,7 @@
 """Errors by consequence, and what must never appear in them.
 
-`InvalidJob` needs a human, `ClusterUnavailable` passes by itself, `Conflict` means that somebody else wrote first.
-Raised everywhere in the operator, turned into conditions by `reconcile`. Nothing here talks to a cluster.
+`InvalidJobError` needs a human, `ClusterUnavailableError` passes by itself, `ConflictError` means that somebody else
+wrote first. Raised everywhere in the operator, turned into conditions by `reconcile`. Nothing here talks to a cluster.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def redact(text: str) -> str:
     return text
 
 
-class InvalidJob(Exception):
+class InvalidJobError(Exception):
     """The job cannot work as it is written; the message names the field and what to type instead."""
 
     def __init__(self, message: str, reason: str = "InvalidSpec") -> None:
@@ -40,15 +40,15 @@ class InvalidJob(Exception):
         self.reason = reason
 
 
-class ClusterUnavailable(Exception):
+class ClusterUnavailableError(Exception):
     """The API server did not answer, or refused for a reason that passes: try again later."""
 
 
-class Conflict(Exception):
+class ConflictError(Exception):
     """Somebody else changed or made the object first: observe again."""
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     """The API server refused an object for good: it, or the operator's rights, must change."""
 
     def __init__(self, status: int, message: str) -> None:

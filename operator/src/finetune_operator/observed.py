@@ -143,6 +143,8 @@ class Progress:
     moved_at: Time
     """When the step last changed."""
     attempt: int = 0
+    checkpoint_at: Time | None = None
+    """When the newest complete checkpoint was first reported."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,7 +199,7 @@ def view_pod(item: Json) -> Pod:
     labels, annotations = meta.get("labels") or {}, meta.get("annotations") or {}
     container = _own_container(status)
     waiting = container.get("state", {}).get("waiting") or {}
-    owners = meta.get("ownerReferences") or ({},)
+    owners: list[dict[str, Any]] = meta.get("ownerReferences") or [{}]
     return Pod(
         name=meta["name"],
         uid=meta.get("uid", ""),

@@ -20,7 +20,9 @@ from .steps import Create, Reference, Remove, Situation, Step, Wait, WriteRecord
 from .view import View, wait_for_job, write_failure
 
 RUNNING = {
-    Phase.INSPECT: Situation("Pending", Reason.INSPECTING, "reading the sizes of model and data", condition=Type.MODEL_READY),
+    Phase.INSPECT: Situation(
+        "Pending", Reason.INSPECTING, "reading the sizes of model and data", condition=Type.MODEL_READY
+    ),
     Phase.PREPARE: Situation(
         "Preparing", Reason.PREPARING, "fetching the model, filtering the data", condition=Type.DATASET_READY
     ),

@@ -30,7 +30,7 @@ from finetune_contract.run_config import (
 
 from . import naming, recipes
 from .api.v1alpha1 import FailureRule, FineTuneJob, FineTuneJobSpec, Gate
-from .errors import InvalidJob
+from .errors import InvalidJobError
 from .pods import PodPlan, resolve_pod
 from .settings import Proxies, Settings
 from .sizing import to_number
@@ -162,7 +162,7 @@ class Plan:
 
 
 def make_plan(job: FineTuneJob, settings: Settings, frozen: str = "") -> Plan:
-    """Resolve a job. `frozen` is the text of its frozen plan, if it has started. Raises InvalidJob."""
+    """Resolve a job. `frozen` is the text of its frozen plan, if it has started. Raises InvalidJobError."""
     spec, meta = job.spec, job.metadata
     kept = _read_frozen(frozen)
     images = kept["images"] if kept else {"trainer": settings.images.trainer, "inference": settings.images.inference}
@@ -219,7 +219,7 @@ def _read_frozen(text: str) -> dict[str, Any]:
         data = json.loads(text)
         return {"images": data["images"], "run": RunConfig.from_json(json.dumps(data["run"]))}
     except (ValueError, KeyError, TypeError, RunConfigError) as error:
-        raise InvalidJob(
+        raise InvalidJobError(
             f"the frozen plan of this job cannot be read ({error}): it was made by another release of the operator, "
             "install that release again or delete and apply the job",
             reason="PlanUnreadable",
@@ -397,7 +397,7 @@ def _resolve_tracking(spec: FineTuneJobSpec) -> tuple[Mapping[str, Any], ...]:
     tracking = spec.training.tracking
     if tracking is None:
         return ()
-    values = {}
+    values: dict[str, str | None] = {}
     if tracking.wandb:
         values |= {"WANDB_PROJECT": tracking.wandb.project, "WANDB_ENTITY": tracking.wandb.entity}
     if tracking.mlflow:
@@ -474,21 +474,23 @@ def _refuse_what_is_not_allowed(spec: FineTuneJobSpec, run: RunConfig, settings:
         scheme = url.partition("://")[0]
         if scheme not in limits.allowed_schemes:
             allowed = ", ".join(f"{each}://" for each in limits.allowed_schemes)
-            raise InvalidJob(f"{field}: {scheme}:// is not allowed by the administrators: use {allowed}", "NotAllowed")
+            raise InvalidJobError(
+                f"{field}: {scheme}:// is not allowed by the administrators: use {allowed}", "NotAllowed"
+            )
         if scheme == "pvc" and field != "promotion.destinations" and spec.workspace.existing_claim is None:
-            raise InvalidJob(
+            raise InvalidJobError(
                 f"{field}: {url} lies on a workspace that is yet to be made: name the claim that holds it in "
                 "workspace.existingClaim"
             )
     if limits.max_nodes and topology.nodes > limits.max_nodes:
-        raise InvalidJob(
+        raise InvalidJobError(
             f"resources.nodes: {topology.nodes} is more than the administrators allow: ask for at most "
             f"{limits.max_nodes}",
             "NotAllowed",
         )
     gpus = topology.nodes * topology.gpus_per_node
     if limits.max_gpus and gpus > limits.max_gpus:
-        raise InvalidJob(
+        raise InvalidJobError(
             f"resources.gpusPerNode: {gpus} GPUs over all nodes are more than the administrators allow: ask for at "
             f"most {limits.max_gpus}",
             "NotAllowed",

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .api.v1alpha1 import PodTemplate
-from .errors import InvalidJob
+from .errors import InvalidJobError
 from .settings import Settings
 
 
@@ -35,7 +35,7 @@ class PodPlan:
 
 
 def resolve_pod(image: str, templates: Sequence[PodTemplate | None], settings: Settings) -> PodPlan:
-    """Return the pod settings of a phase from its templates, the general one first. Raises InvalidJob."""
+    """Return the pod settings of a phase from its templates, the general one first. Raises InvalidJobError."""
     defaults = settings.defaults
     pod = PodPlan(
         image=image,
@@ -51,7 +51,7 @@ def resolve_pod(image: str, templates: Sequence[PodTemplate | None], settings: S
     written = any(template is not None and template.service_account_name for template in templates)
     allowed = settings.limits.allowed_service_accounts
     if written and "*" not in allowed and pod.service_account not in allowed:
-        raise InvalidJob(
+        raise InvalidJobError(
             f"pod.serviceAccountName: {pod.service_account} is not allowed by the administrators: use "
             + (" or ".join(allowed) or "none"),
             reason="NotAllowed",

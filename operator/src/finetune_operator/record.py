@@ -153,7 +153,7 @@ def to_time(text: str) -> datetime.datetime | None:
     """Parse a Kubernetes time; None for an empty text."""
     if not text:
         return None
-    return datetime.datetime.fromisoformat(text.replace("Z", "+00:00"))
+    return datetime.datetime.fromisoformat(text)
 
 
 def to_text(time: datetime.datetime) -> str:

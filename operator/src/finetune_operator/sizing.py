@@ -26,7 +26,7 @@ USABLE_SHARE = 0.6
 """Share of a GPU's memory that may hold weights, gradients and optimizer; activations take the rest."""
 
 
-def to_number(quantity: str | int | float) -> float:
+def to_number(quantity: str | float) -> float:
     """Return a Kubernetes quantity as a number. Raises ValueError when it is none."""
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?)([a-zA-Z]*)", str(quantity))
     if not found or found.group(2) not in _UNITS:

@@ -7,6 +7,7 @@ times of transitions and for progress that a restarted operator has not heard of
 from __future__ import annotations
 
 import datetime
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -56,7 +57,9 @@ def build_status(plan: Plan, observed: Observed, step: Step, previous: Previous,
     )
 
 
-def build_invalid_status(message: str, reason: str, previous: Previous, generation: int, now: datetime.datetime) -> Previous:
+def build_invalid_status(
+    message: str, reason: str, previous: Previous, generation: int, now: datetime.datetime
+) -> Previous:
     """Return the status of a job that cannot be planned: what is known stays, and a human must act."""
     wanted: Wanted = {
         Type.READY: ("False", reason, message),
@@ -113,11 +116,11 @@ def _summary(plan: Plan, observed: Observed, step: Step) -> Wanted:
     is_waiting = situation.state == "Suspended"
     is_moving = not (is_ready or situation.is_stalled or is_waiting or (ended_well and situation.condition == ""))
     if terminal is None:
-        succeeded = ("Unknown", Reason.IN_PROGRESS, message)
-        finished = ("False", Reason.IN_PROGRESS, message)
+        succeeded = _condition("Unknown", Reason.IN_PROGRESS, message)
+        finished = _condition("False", Reason.IN_PROGRESS, message)
     else:
-        succeeded = (str(ended_well), terminal.reason, redact(terminal.message))
-        finished = ("True", terminal.reason, redact(terminal.message))
+        succeeded = _condition(str(ended_well), terminal.reason, redact(terminal.message))
+        finished = _condition("True", terminal.reason, redact(terminal.message))
     is_failed = terminal is not None and not ended_well
     not_ready = "False" if situation.is_stalled or is_failed else "Unknown"
     return {
@@ -127,6 +130,10 @@ def _summary(plan: Plan, observed: Observed, step: Step) -> Wanted:
         Type.SUCCEEDED: succeeded,
         Type.FINISHED: finished,
     }
+
+
+def _condition(status: str, reason: str, message: str) -> tuple[str, str, str]:
+    return status, reason, message
 
 
 def _is_serving(plan: Plan, observed: Observed) -> bool:
@@ -185,10 +192,10 @@ def _pods(observed: Observed, situation: Situation) -> Wanted:
         nodes = ", ".join(sorted({pod.node for pod in pods if pod.node}))
         is_placed = all(pod.node for pod in pods)
         scheduled = ("True", Reason.RUNNING, nodes) if is_placed else ("Unknown", Reason.SCHEDULING, nodes)
-    training = ("Unknown", Reason.NOT_STARTED, "")
+    training = _condition("Unknown", Reason.NOT_STARTED, "")
     if attempt is not None:
         is_running = situation.state in RUNNING_STATES and situation.reason == Reason.RUNNING
-        training = (str(is_running), situation.reason, redact(situation.message))
+        training = _condition(str(is_running), situation.reason, redact(situation.message))
     return {Type.SCHEDULED: scheduled, Type.TRAINING: training}
 
 
@@ -241,9 +248,7 @@ def _build_progress(observed: Observed, previous: Previous) -> dict[str, Any] | 
 def _rounded(metrics: Mapping[str, float], name: Metric, digits: int) -> float | None:
     value = metrics.get(name)
     # JSON has no NaN: the API server would refuse the whole status.
-    if value is None or value != value or value in (float("inf"), float("-inf")):
-        return None
-    return round(value, digits)
+    return round(value, digits) if value is not None and math.isfinite(value) else None
 
 
 def _build_attempt(observed: Observed, attempt: records.Attempt) -> dict[str, Any]:
@@ -284,7 +289,9 @@ def _build_resolved(plan: Plan, observed: Observed) -> dict[str, Any] | None:
     if not observed.frozen_plan:
         return None
     record = observed.record
-    revision = record.details(Phase.PREPARE).get("model_revision") or record.details(Phase.INSPECT).get("model_revision")
+    revision = record.details(Phase.PREPARE).get("model_revision") or record.details(Phase.INSPECT).get(
+        "model_revision"
+    )
     return {
         "model_revision": revision or None,
         "dataset_digest": record.details(Phase.PREPARE).get("dataset_digest"),

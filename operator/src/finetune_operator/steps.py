@@ -79,7 +79,10 @@ class SetFinalizer:
 
 @dataclasses.dataclass(frozen=True)
 class Wait:
-    """Nothing to do until something changes, or until `until`; `kept` is applied on every pass, so that drift is mended."""
+    """Nothing to do until something changes, or until `until`.
+
+    `kept` is applied on every pass, so that drift is mended.
+    """
 
     situation: Situation
     until: datetime.datetime | None = None

@@ -10,12 +10,11 @@ from typing import Any
 from finetune_contract import environment
 from finetune_contract.reports import Phase
 from finetune_contract.workspace import MOUNT_PATH
-
-from .. import naming
-from ..placement import PRESETS, Requirement, require_nodes, require_zones
-from ..plan import Plan
-from ..pods import PodPlan
-from ..sizing import to_number
+from finetune_operator import naming
+from finetune_operator.placement import PRESETS, Requirement, require_nodes, require_zones
+from finetune_operator.plan import Plan
+from finetune_operator.pods import PodPlan
+from finetune_operator.sizing import to_number
 
 USER_ID = 65532
 TOKEN_SECONDS = 3600
@@ -218,7 +217,9 @@ def _build_volumes(plan: Plan, container: Container) -> list[dict[str, Any]]:
     return volumes
 
 
-def build_job(plan: Plan, name: str, component: str, spec: Mapping[str, Any], pod_spec: Mapping[str, Any]) -> dict[str, Any]:
+def build_job(
+    plan: Plan, name: str, component: str, spec: Mapping[str, Any], pod_spec: Mapping[str, Any]
+) -> dict[str, Any]:
     """Return a Job of the job. `spec` holds what the phases differ in."""
     pod = plan.pods[Phase(component)]
     labels = {**pod.labels, **build_labels(plan, component)}

@@ -10,10 +10,10 @@ from typing import Any
 
 from finetune_contract.reports import Phase
 from finetune_contract.workspace import Workspace
+from finetune_operator import naming
+from finetune_operator.plan import Plan
+from finetune_operator.record import Record
 
-from .. import naming
-from ..plan import Plan
-from ..record import Record
 from .common import Container, build_labels, build_metadata, build_pod_spec
 from .run_config import build_run_config, build_run_config_map
 

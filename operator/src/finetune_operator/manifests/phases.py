@@ -8,11 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 from finetune_contract.reports import ExitCode, Phase
+from finetune_operator import naming
+from finetune_operator.plan import Plan
+from finetune_operator.record import Record
+from finetune_operator.sizing import choose_gpus_to_evaluate
 
-from .. import naming
-from ..plan import Plan
-from ..record import Record
-from ..sizing import choose_gpus_to_evaluate
 from .common import Container, build_job, build_pod_spec
 from .run_config import build_run_config, build_run_config_map
 

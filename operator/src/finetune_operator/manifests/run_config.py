@@ -9,16 +9,16 @@ from typing import Any
 from finetune_contract.environment import CA_BUNDLE_PATH, PROGRESS_CA_PATH, RUN_CONFIG_PATH
 from finetune_contract.reports import Phase
 from finetune_contract.run_config import RunConfig, Source, TrainingConfig
+from finetune_operator.errors import InvalidJobError
+from finetune_operator.plan import Plan
+from finetune_operator.record import Record
+from finetune_operator.sizing import choose_accumulation, choose_zero_stage
 
-from ..errors import InvalidJob
-from ..plan import Plan
-from ..record import Record
-from ..sizing import choose_accumulation, choose_zero_stage
 from .common import build_config_map
 
 
 def build_run_config(plan: Plan, record: Record, attempt: int = 0) -> RunConfig:
-    """Return the settings of a pod. Raises InvalidJob when the batch of an attempt cannot stay what it was."""
+    """Return the settings of a pod. Raises InvalidJobError when the batch of an attempt cannot stay what it was."""
     run, inspected = plan.run, record.details(Phase.INSPECT)
     revisions = list(inspected.get("dataset_revisions") or ())
     sources = tuple(
@@ -67,7 +67,7 @@ def _keep_global_batch(plan: Plan, global_batch: int) -> int:
     """Return the accumulation with which another per-device batch or number of processes makes the same steps."""
     per_pass = plan.run.training.per_device_batch_size * plan.processes
     if global_batch % per_pass:
-        raise InvalidJob(
+        raise InvalidJobError(
             f"training.perDeviceBatchSize: {plan.run.training.per_device_batch_size} on {plan.processes} processes do "
             f"not divide the {global_batch} sequences per step that this job started with: choose a batch whose "
             f"product with {plan.processes} divides {global_batch}"
@@ -75,7 +75,7 @@ def _keep_global_batch(plan: Plan, global_batch: int) -> int:
     accumulation = global_batch // per_pass
     written = plan.run.training.gradient_accumulation_steps
     if plan.is_accumulation_written and written != accumulation:
-        raise InvalidJob(
+        raise InvalidJobError(
             f"training.gradientAccumulationSteps: {written} would change the {global_batch} sequences per step that "
             f"this job started with: write {accumulation}, or remove it"
         )

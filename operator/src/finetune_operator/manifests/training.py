@@ -6,11 +6,11 @@ from typing import Any
 
 from finetune_contract import environment
 from finetune_contract.reports import Phase
+from finetune_operator import naming
+from finetune_operator.placement import avoid_nodes, spread_over_nodes
+from finetune_operator.plan import Plan
+from finetune_operator.record import Record
 
-from .. import naming
-from ..placement import avoid_nodes, spread_over_nodes
-from ..plan import Plan
-from ..record import Record
 from .common import Container, build_job, build_labels, build_metadata, build_pod_spec
 from .run_config import build_run_config, build_run_config_map
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..plan import Plan
+from finetune_operator.plan import Plan
+
 from .common import build_metadata
 
 

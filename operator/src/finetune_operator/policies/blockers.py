@@ -11,11 +11,13 @@ import datetime
 import re
 from collections.abc import Mapping, Sequence
 
-from ..conditions import Reason
-from ..observed import Claim, Pod
-from ..plan import Plan
+from finetune_operator.conditions import Reason
+from finetune_operator.observed import Claim, Pod
+from finetune_operator.plan import Plan
 
-IMAGE_REASONS = frozenset({"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "RegistryUnavailable"})
+IMAGE_REASONS = frozenset(
+    {"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "RegistryUnavailable"}
+)
 CONFIG_REASONS = frozenset({"CreateContainerConfigError", "CreateContainerError", "RunContainerError"})
 STALLED_AFTER_GRACES = 10
 """How many grace periods an unschedulable pod waits before a human is called: autoscalers need minutes."""
@@ -35,7 +37,9 @@ class Blocker:
     """The pod has no node yet."""
 
 
-def find_pod_blocker(plan: Plan, pods: Sequence[Pod], warnings: Mapping[str, str], now: datetime.datetime) -> Blocker | None:
+def find_pod_blocker(
+    plan: Plan, pods: Sequence[Pod], warnings: Mapping[str, str], now: datetime.datetime
+) -> Blocker | None:
     """Return what keeps the first blocked pod from running; None when nothing does."""
     for pod in pods:
         if pod.is_over or pod.deleting_since is not None:

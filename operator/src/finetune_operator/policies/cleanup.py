@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import datetime
 
-from ..observed import Observed
-from ..plan import Plan
-from ..record import Terminal, to_time
-from ..steps import Reference
+from finetune_operator.observed import Observed
+from finetune_operator.plan import Plan
+from finetune_operator.record import Terminal, to_time
+from finetune_operator.steps import Reference
 
 
 def next_cleanup(plan: Plan, terminal: Terminal) -> datetime.datetime | None:

@@ -11,10 +11,9 @@ from collections.abc import Sequence
 
 from finetune_contract.reports import ExitCode
 from finetune_contract.reports import Reason as PodReason
-
-from ..conditions import Reason
-from ..observed import Job, Pod
-from ..record import Failure, to_text
+from finetune_operator.conditions import Reason
+from finetune_operator.observed import Job, Pod
+from finetune_operator.record import Failure, to_text
 
 DISRUPTIONS = {
     "PreemptionByScheduler": Reason.PREEMPTED,
@@ -99,7 +98,9 @@ def explain_pod(pod: Pod, now: datetime.datetime) -> Diagnosis:
     code = ended.code if ended else 0
     reason = _reason(pod)
     is_disrupted = reason in NOT_COUNTED
-    own = report.message if report and not (is_disrupted and code in (_SIGKILL, 0)) else (ended.message if ended else "")
+    own = (
+        report.message if report and not (is_disrupted and code in (_SIGKILL, 0)) else (ended.message if ended else "")
+    )
     message = _message(pod, reason, own)
     failure = Failure(
         time=to_text((ended.finished_at if ended else None) or now),

@@ -9,10 +9,11 @@ import dataclasses
 import datetime
 import re
 
-from ..api.v1alpha1 import FailureRule
-from ..conditions import Reason
-from ..plan import FailurePlan
-from ..record import Attempt, Record, to_time
+from finetune_operator.api.v1alpha1 import FailureRule
+from finetune_operator.conditions import Reason
+from finetune_operator.plan import FailurePlan
+from finetune_operator.record import Attempt, Record, to_time
+
 from .failure import Diagnosis
 
 FIRST_DELAY_SECONDS = 2.0

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..conditions import Reason
-from ..observed import Claim
-from ..plan import Plan
-from ..sizing import Contents, choose_size, choose_zero_stage, needed_bytes, to_number, to_words
+from finetune_operator.conditions import Reason
+from finetune_operator.observed import Claim
+from finetune_operator.plan import Plan
+from finetune_operator.sizing import Contents, choose_size, choose_zero_stage, needed_bytes, to_number, to_words
 
 
 def list_contents(plan: Plan, inspected: Mapping[str, Any]) -> Contents:
@@ -49,9 +49,11 @@ def find_storage_problem(plan: Plan, inspected: Mapping[str, Any], claim: Claim 
     kept = contents.checkpoints_kept
     return (
         Reason.WORKSPACE_TOO_SMALL,
-        f"{field}: {to_words(size)} is less than the {to_words(needed)} that model, data, {kept + 1} checkpoints "
-        f"({kept} kept and one being written) and the promoted model need: ask for {choose_size(contents)}, or keep "
-        "fewer checkpoints (checkpoint.retention.latest)",
+        (
+            f"{field}: {to_words(size)} is less than the {to_words(needed)} that model, data, {kept + 1} checkpoints "
+            f"({kept} kept and one being written) and the promoted model need: ask for {choose_size(contents)}, or keep "
+            "fewer checkpoints (checkpoint.retention.latest)"
+        ),
     )
 
 
@@ -60,14 +62,18 @@ def _judge_existing(plan: Plan, claim: Claim | None) -> tuple[str, str] | None:
     if claim is None:
         return (
             Reason.CLAIM_NOT_FOUND,
-            f"workspace.existingClaim: there is no PersistentVolumeClaim {name} in namespace {plan.namespace}: make it, "
-            "or remove existingClaim to have one made",
+            (
+                f"workspace.existingClaim: there is no PersistentVolumeClaim {name} in namespace {plan.namespace}: make "
+                "it, or remove existingClaim to have one made"
+            ),
         )
     if plan.run.topology.nodes > 1 and claim.access_modes and "ReadWriteMany" not in claim.access_modes:
         return (
             Reason.ACCESS_MODE_UNSUITABLE,
-            f"workspace.existingClaim: {name} is {', '.join(claim.access_modes)}, and {plan.run.topology.nodes} nodes "
-            "need ReadWriteMany: use another claim, or resources.nodes: 1",
+            (
+                f"workspace.existingClaim: {name} is {', '.join(claim.access_modes)}, and {plan.run.topology.nodes} nodes "
+                "need ReadWriteMany: use another claim, or resources.nodes: 1"
+            ),
         )
     return None
 
