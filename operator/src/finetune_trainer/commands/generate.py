@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the model, the prompt and the form of the output."""
     parser.add_argument("--model", metavar="DIR", required=True, help="promoted model, or any with a chat template")
     parser.add_argument("--prompt", metavar="TEXT", required=True, help="what to answer, as a user would write it")
-    parser.add_argument("--input", metavar="TEXT", default="", help="the prompt's input field, where training had one")
+    parser.add_argument("--prompt-input", metavar="TEXT", default="", help="the input field beside the prompt (alpaca)")
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer (default: 256)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the answer alone")
 
@@ -33,8 +33,8 @@ def run(args: argparse.Namespace) -> int:
     from finetune_trainer.serving.generate import Generator
 
     message = {"role": "user", "content": args.prompt}
-    if args.input:
-        message["input"] = args.input
+    if args.prompt_input:
+        message["input"] = args.prompt_input
     generator = Generator(folder)
     if not generator.tokenizer.chat_template:
         raise TrainerError(

@@ -1,0 +1,52 @@
+"""`finetune-trainer serve`: answer OpenAI-compatible requests with a promoted model, on CPUs or one GPU."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import pathlib
+
+from finetune_contract.reports import ExitCode
+from finetune_contract.run_config import RunConfig
+from finetune_trainer.commands import plain
+from finetune_trainer.errors import StopRequested
+from finetune_trainer.reporting import emit
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of a server in a pod and of one on plain files."""
+    plain.add_arguments(parser)
+    parser.add_argument("--promoted", metavar="DIR", help="model to serve (default: the promoted one)")
+    parser.add_argument("--name", help="model name in requests (default: the job's endpoint, or the folder's name)")
+    parser.add_argument("--port", type=int, help="port to listen on (default: 8000)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until asked to stop."""
+    folder, name, port = _choose(args)
+    plain.prepare_libraries()
+
+    from finetune_trainer.serving.generate import Generator
+    from finetune_trainer.serving.server import serve
+
+    generator = Generator(folder)
+    emit("serving", model=name, folder=str(folder), port=port)
+    with contextlib.suppress(StopRequested):
+        serve(name, generator, port)
+    return ExitCode.OK
+
+
+def _choose(args: argparse.Namespace) -> tuple[pathlib.Path, str, int]:
+    """Return the folder, the name and the port, from the flags or from the run's settings."""
+    from finetune_trainer.checkpoints import promoted
+
+    if args.promoted:
+        folder = pathlib.Path(args.promoted)
+        promoted.read_manifest(folder)
+        return folder, args.name or folder.name, args.port or 8000
+    settings: RunConfig = plain.load_settings(args)
+    from finetune_trainer.evaluation.evaluate import find_promoted
+
+    folder = find_promoted(settings)
+    name = args.name or settings.serving.model_name or folder.name
+    return folder, name, args.port or settings.serving.port

@@ -1,0 +1,131 @@
+"""`transformers serve` pinned to one model: its handlers, generation and OpenAI schema, without its model loading.
+
+The stock program loads whatever model a request names, lists the machine's download cache as its models, and can be
+told to unload by anyone (`/load_model`, `/reset`). Here one loaded model answers under one name, everything else is
+refused, and `/health` is good only while a real completion works.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse
+from transformers import GenerationConfig
+from transformers.cli.serving.chat_completion import ChatCompletionHandler
+from transformers.cli.serving.completion import CompletionHandler
+from transformers.cli.serving.model_manager import ModelManager
+from transformers.cli.serving.server import build_server
+from transformers.cli.serving.utils import GenerationState
+
+from finetune_trainer.serving.generate import Generator
+from finetune_trainer.training import modeling
+
+PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/models"})
+"""What is kept of the stock server."""
+
+PROBE_SECONDS = 60.0
+"""A completion this recent counts for `/health`; an older one is repeated with a single token."""
+PROBE_TIMEOUT_SECONDS = 20.0
+
+
+class PinnedModel(ModelManager):  # type: ignore[misc]
+    """A model manager that holds one model for good."""
+
+    def __init__(self, name: str, generator: Generator) -> None:
+        super().__init__(device=str(generator.model.device))
+        self.force_model = name
+        self.model_timeout = -1
+        self._model = generator.model
+        self._tokenizer = generator.tokenizer
+        self._created = int(time.time())
+        _bound_answers(generator.model)
+
+    @staticmethod
+    def process_model_name(model_id: str) -> str:
+        """Keep the name as it is: there are no revisions here."""
+        return model_id
+
+    def load_model_and_processor(self, *_args: Any, **_options: Any) -> tuple[Any, Any]:
+        """Return the one model."""
+        return self._model, self._tokenizer
+
+    def get_gen_models(self, cache_dir: str | None = None) -> list[dict[str, Any]]:
+        """List the one model."""
+        entry = {"id": self.force_model, "object": "model", "created": self._created, "owned_by": "finetune-operator"}
+        return [entry]
+
+    def shutdown(self) -> None:
+        """Keep the model until the process ends."""
+
+
+def _bound_answers(model: Any) -> None:
+    """Let no answer grow beyond what the architecture takes; some fail there, others answer nonsense."""
+    limit = modeling.limit_length(model.config)
+    generate = model.generate
+
+    def bounded(*, generation_config: GenerationConfig, **inputs: Any) -> Any:
+        room = limit - int(inputs["input_ids"].shape[-1])
+        if room < 1:
+            raise ValueError(f"the prompt has {limit - room} tokens, the model takes {limit} with the answer")
+        generation_config.max_new_tokens = min(generation_config.max_new_tokens or room, room)
+        return generate(generation_config=generation_config, **inputs)
+
+    model.generate = bounded
+
+
+class Health:
+    """Whether completions work, from the last one that did."""
+
+    def __init__(self, generator: Generator, state: GenerationState, name: str) -> None:
+        self._manager = state.get_manager(name)
+        self._model = generator.model
+        self._tokenizer = generator.tokenizer
+        self._inputs = generator.tokenizer("Hello", return_tensors="pt").to(generator.model.device)
+        self._succeeded_at = 0.0
+
+    async def probe(self) -> str:
+        """Return what is wrong; empty when a completion has worked lately or works now."""
+        if time.monotonic() - self._succeeded_at < PROBE_SECONDS and self._succeeded_at:
+            return ""
+        config = GenerationConfig(max_new_tokens=1, do_sample=False)
+        completion = self._manager.generate_non_streaming(self._model, self._tokenizer, self._inputs, config, "health")
+        try:
+            await asyncio.wait_for(completion, PROBE_TIMEOUT_SECONDS)
+        except Exception as error:
+            return f"a completion failed: {type(error).__name__}: {error}"
+        self._succeeded_at = time.monotonic()
+        return ""
+
+
+def build_app(name: str, generator: Generator) -> FastAPI:
+    """Return the application that answers for one model."""
+    pinned = PinnedModel(name, generator)
+    state = GenerationState()
+    app = build_server(
+        pinned,
+        ChatCompletionHandler(model_manager=pinned, generation_state=state),
+        completion_handler=CompletionHandler(model_manager=pinned, generation_state=state),
+        response_handler=None,
+        transcription_handler=None,
+        systemone_handler=None,
+        generation_state=state,
+    )
+    app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", "") in PATHS]
+    health = Health(generator, state, name)
+
+    @app.get("/health")
+    async def read_health() -> JSONResponse:
+        problem = await health.probe()
+        return JSONResponse({"status": problem or "ok"}, status_code=503 if problem else 200)
+
+    return app
+
+
+def serve(name: str, generator: Generator, port: int) -> None:
+    """Answer requests until SIGTERM; requests in flight are finished."""
+    import uvicorn
+
+    uvicorn.run(build_app(name, generator), host="0.0.0.0", port=port, log_level="warning", timeout_graceful_shutdown=20)
