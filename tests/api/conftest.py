@@ -44,7 +44,7 @@ def api_server():
 @pytest.fixture(scope="session")
 def crd(api_server):
     """The CustomResourceDefinition, served."""
-    api_server.run("apply", "--server-side", "-f", str(REPOSITORY / "crds" / "finetunejobs.yaml"))
+    api_server.run("apply", "--server-side", "--force-conflicts", "-f", str(REPOSITORY / "crds" / "finetunejobs.yaml"))
 
     def is_served():
         try:
