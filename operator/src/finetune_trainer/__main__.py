@@ -12,14 +12,16 @@ import importlib
 import pathlib
 import signal
 import sys
-import types
-from collections.abc import Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from finetune_contract.reports import ExitCode, ExitReport, Phase, Reason
 from finetune_contract.workspace import Workspace
 from finetune_trainer import reporting
 from finetune_trainer.errors import StopRequested, TrainerError, as_trainer_error, redact
+
+if TYPE_CHECKING:
+    import types
+    from collections.abc import Sequence
 
 COMMANDS = {
     "inspect": "read sizes and headers of the model and the data, for the plan",

@@ -10,11 +10,13 @@ import errno
 import os
 import re
 import traceback
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetune_contract.reports import ExitCode, Reason
 from finetune_contract.run_config import RunConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 _SECRET_NAME = re.compile(r"(TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY_ID|ACCESS_KEY)$")
 _URL_CREDENTIALS = re.compile(r"(?<=://)[^/\s@]+@")

@@ -9,14 +9,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import pathlib
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from finetune_contract.run_config import DatasetConfig, RunConfig, Source
-from finetune_contract.workspace import Workspace
 from finetune_trainer.data.prepare import SourceFile, SourceRows
 from finetune_trainer.model_files import ModelFacts, choose_model_files, read_model_facts
 from finetune_trainer.reporting import emit, write_json
@@ -24,6 +21,12 @@ from finetune_trainer.storage import Access, Listing, RemoteFile, Store, open_st
 from finetune_trainer.storage.base import read_bytes
 from finetune_trainer.storage.retry import call_with_retries
 from finetune_trainer.storage.transfer import download_files, list_with_retries
+
+if TYPE_CHECKING:
+    import pathlib
+
+    from finetune_contract.run_config import DatasetConfig, RunConfig, Source
+    from finetune_contract.workspace import Workspace
 
 Advance = Callable[[int], None]
 """Told of bytes as they are dealt with."""

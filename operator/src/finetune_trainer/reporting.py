@@ -16,15 +16,18 @@ import ssl
 import sys
 import threading
 import time
-import types
 import urllib.request
-from collections.abc import Mapping
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from finetune_contract import environment
 from finetune_contract.reports import ExitReport, ProgressReport
-from finetune_contract.workspace import Workspace
 from finetune_trainer.errors import redact
+
+if TYPE_CHECKING:
+    import types
+    from collections.abc import Mapping
+
+    from finetune_contract.workspace import Workspace
 
 POST_INTERVAL_SECONDS = 2.0
 POST_TIMEOUT_SECONDS = 5.0

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import pathlib
+from typing import TYPE_CHECKING
 
 from finetune_contract import environment
 from finetune_contract.reports import ExitCode, Reason
@@ -13,6 +13,9 @@ from finetune_contract.run_config import RunConfig
 from finetune_contract.workspace import Workspace
 from finetune_trainer.errors import TrainerError
 from finetune_trainer.reporting import write_json
+
+if TYPE_CHECKING:
+    import argparse
 
 
 def add_run_config_argument(parser: argparse.ArgumentParser) -> None:

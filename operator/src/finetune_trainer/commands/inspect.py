@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import pathlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetune_contract.reports import ExitReport, Phase, Reason
 from finetune_contract.run_config import DatasetConfig, RunConfig, Source
 from finetune_trainer.commands.common import add_run_config_argument, load_run_config
 from finetune_trainer.reporting import emit, write_exit_report
+
+if TYPE_CHECKING:
+    import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -5,7 +5,6 @@ The data comes before the weights, so that a mistake in it shows before gigabyte
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import hashlib
 import json
@@ -15,13 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 from finetune_contract.reports import ExitCode, ExitReport, Metric, Phase, Reason
 from finetune_contract.run_config import DatasetConfig, FilterConfig, RunConfig, Source
-from finetune_contract.workspace import Workspace
 from finetune_trainer.commands.common import add_run_config_argument, apply_workspace_lock, load_run_config
 from finetune_trainer.data.formats import FORMATS
 from finetune_trainer.errors import TrainerError
 from finetune_trainer.reporting import ProgressBar, ProgressReporter, emit, write_exit_report, write_json
 
 if TYPE_CHECKING:
+    import argparse
+
+    from finetune_contract.workspace import Workspace
     from finetune_trainer.data.report import Counts
 
 _DOWNLOAD_PERCENT = 80.0

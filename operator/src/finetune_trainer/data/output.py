@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pathlib
-import types
-from collections.abc import Mapping
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from finetune_trainer.reporting import write_json
+
+if TYPE_CHECKING:
+    import pathlib
+    import types
+    from collections.abc import Mapping
 
 TRAIN = "train.jsonl"
 HOLDOUT = "holdout.jsonl"

@@ -9,12 +9,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import pathlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetune_contract.reports import ExitCode, Reason
-from finetune_contract.run_config import DatasetConfig
 from finetune_trainer.data import output
 from finetune_trainer.data.formats import FORMATS, Conversation, RowError, detect_format, parse_row
 from finetune_trainer.data.quality import find_defect
@@ -23,9 +21,14 @@ from finetune_trainer.data.report import Counts, Tally
 from finetune_trainer.data.rows import BadRow, Row, RowFile, UnreadableFileError
 from finetune_trainer.data.rules import rules_digest
 from finetune_trainer.data.split import holdout_share, select_copies
-from finetune_trainer.data.tokens import TokenCounter
 from finetune_trainer.errors import TrainerError
 from finetune_trainer.reporting import write_json
+
+if TYPE_CHECKING:
+    import pathlib
+
+    from finetune_contract.run_config import DatasetConfig
+    from finetune_trainer.data.tokens import TokenCounter
 
 VERSION = 1
 """Version of the prepared data's format; part of its digest."""

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from finetune_trainer.data.formats import Conversation
+from typing import TYPE_CHECKING
+
 from finetune_trainer.data.refusals import Removal
+
+if TYPE_CHECKING:
+    from finetune_trainer.data.formats import Conversation
 
 CATEGORY = "quality"
 

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from finetune_contract.reports import ExitCode, Reason
-from finetune_contract.run_config import FilterConfig
 from finetune_trainer.data.folding import FoldedText, find_original_span, fold
-from finetune_trainer.data.formats import Conversation
 from finetune_trainer.data.rules import Rule, list_languages, read_legacy_phrases, read_rules
 from finetune_trainer.errors import TrainerError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from finetune_contract.run_config import FilterConfig
+    from finetune_trainer.data.formats import Conversation
 
 REMOVAL_WEIGHT = 1.0
 """A text is removed when the weights of the distinct rules that match it reach this."""

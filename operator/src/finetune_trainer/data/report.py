@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from finetune_trainer.data.refusals import Removal
+if TYPE_CHECKING:
+    from finetune_trainer.data.refusals import Removal
 
 NUM_REPORTED_BAD_ROWS = 20
 

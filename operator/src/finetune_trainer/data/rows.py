@@ -13,10 +13,12 @@ import gzip
 import io
 import json
 import lzma
-import pathlib
 import zlib
-from collections.abc import Iterator
-from typing import Any, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
+
+if TYPE_CHECKING:
+    import pathlib
+    from collections.abc import Iterator
 
 MAX_ROW_BYTES = 32 * 1024 * 1024
 """A longer row is bad: no instruction is that long, and memory has to be bounded by something."""

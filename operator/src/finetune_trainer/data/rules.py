@@ -11,8 +11,10 @@ import hashlib
 import pathlib
 import re
 import tomllib
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 CATEGORIES = ("refusal", "disclaimer", "moralising", "identity", "knowledge-cutoff")
 POSITIONS = ("opening", "closing", "edges", "sentence", "anywhere")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from finetune_trainer.data.prompts import Message
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from finetune_trainer.data.prompts import Message
 
 
 def _share(text: str) -> float:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import pathlib
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetune_trainer.data.prompts import TOKENIZER_TEMPLATE, Message, build_segments, join_input
+
+if TYPE_CHECKING:
+    import pathlib
+    from collections.abc import Sequence
 
 _BATCH = 256
 

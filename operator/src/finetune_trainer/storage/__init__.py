@@ -6,11 +6,14 @@ by the store that needs them.
 
 from __future__ import annotations
 
-import pathlib
+from typing import TYPE_CHECKING
 
 from finetune_trainer.storage.access import Access
 from finetune_trainer.storage.base import Listing, RemoteFile, Store
 from finetune_trainer.storage.location import Location, parse_location
+
+if TYPE_CHECKING:
+    import pathlib
 
 __all__ = ["Access", "Listing", "Location", "RemoteFile", "Store", "open_store", "parse_location"]
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx2
 import huggingface_hub
@@ -12,8 +11,12 @@ from huggingface_hub.utils._headers import build_hf_headers
 
 from finetune_trainer.storage.access import Access, TemporaryError
 from finetune_trainer.storage.base import Listing, RemoteFile
-from finetune_trainer.storage.location import Location
 from finetune_trainer.storage.web import stream_url
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from finetune_trainer.storage.location import Location
 
 _TIMEOUT_SECONDS = 30.0
 

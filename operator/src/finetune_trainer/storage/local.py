@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import pathlib
-from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from finetune_trainer.storage.access import Access
 from finetune_trainer.storage.base import Listing, RemoteFile, make_listing_revision
-from finetune_trainer.storage.location import Location
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from finetune_trainer.storage.access import Access
+    from finetune_trainer.storage.location import Location
 
 _CHUNK = 1 << 20
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import urllib.parse
+from typing import TYPE_CHECKING
 
 from finetune_contract.reports import ExitCode, Reason
 from finetune_trainer.errors import TrainerError
-from finetune_trainer.storage.access import Access
+
+if TYPE_CHECKING:
+    from finetune_trainer.storage.access import Access
 
 SCHEMES = ("hf", "s3", "https", "http", "pvc", "file")
 

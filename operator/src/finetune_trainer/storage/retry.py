@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import random
 import time
-from collections.abc import Callable
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from finetune_trainer.reporting import emit_warning
 from finetune_trainer.storage.access import Access, TemporaryError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 T = TypeVar("T")
 

@@ -6,7 +6,6 @@ chain. Uploading is `s3_upload`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import boto3
@@ -15,10 +14,13 @@ from botocore.config import Config
 
 from finetune_trainer.storage.access import Access, TemporaryError, read_ca_bundle
 from finetune_trainer.storage.base import Listing, RemoteFile, make_listing_revision
-from finetune_trainer.storage.location import Location
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from types_boto3_s3.client import S3Client
+
+    from finetune_trainer.storage.location import Location
 
 _CHUNK = 1 << 20
 _REFUSED = {

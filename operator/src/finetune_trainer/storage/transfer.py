@@ -5,16 +5,20 @@ from __future__ import annotations
 import concurrent.futures
 import hashlib
 import os
-import pathlib
 import threading
-from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from finetune_contract.reports import ExitCode, Reason
 from finetune_trainer.errors import TrainerError
 from finetune_trainer.storage import retry
 from finetune_trainer.storage.access import Access, TemporaryError
-from finetune_trainer.storage.base import Listing, RemoteFile, Store
 from finetune_trainer.storage.local import LocalStore
+
+if TYPE_CHECKING:
+    import pathlib
+    from collections.abc import Callable, Sequence
+
+    from finetune_trainer.storage.base import Listing, RemoteFile, Store
 
 NUM_PARALLEL = 4
 _CHUNK = 1 << 20

@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import ssl
 import urllib.parse
-from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 
 from finetune_trainer.storage.access import Access, TemporaryError
 from finetune_trainer.storage.base import Listing, RemoteFile
-from finetune_trainer.storage.location import Location
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from finetune_trainer.storage.location import Location
 
 TIMEOUT = httpx.Timeout(30.0, connect=10.0)
 _CHUNK = 1 << 20
