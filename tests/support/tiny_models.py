@@ -39,7 +39,9 @@ def build_tiny_llama(
     return write_model(folder, config, tokenizer, seed)
 
 
-def build_tiny_neox(folder: pathlib.Path, texts: Iterable[str], *, vocab_size: int = 512, seed: int = 0) -> pathlib.Path:
+def build_tiny_neox(
+    folder: pathlib.Path, texts: Iterable[str], *, vocab_size: int = 512, seed: int = 0
+) -> pathlib.Path:
     """Write a random GPT-NeoX (Pythia's architecture); its tokenizer adds no beginning-of-sequence token."""
     from transformers import GPTNeoXConfig
 

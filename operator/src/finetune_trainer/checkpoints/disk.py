@@ -5,8 +5,8 @@ Called by rank 0. Sizes come from the last committed checkpoint, or from the num
 
 from __future__ import annotations
 
-import shutil
 import pathlib
+import shutil
 
 from finetune_contract.reports import ExitCode, Reason
 from finetune_trainer.checkpoints.layout import list_folders

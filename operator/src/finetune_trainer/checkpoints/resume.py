@@ -7,7 +7,6 @@ quarantine, so that it can be looked at and cannot be chosen or overwritten.
 from __future__ import annotations
 
 import dataclasses
-import os
 import pathlib
 
 from finetune_trainer.checkpoints.layout import Folder, list_folders, next_quarantine_path
@@ -44,8 +43,13 @@ def quarantine(root: pathlib.Path, verdicts: list[Verdict]) -> list[Verdict]:
     for verdict in verdicts:
         if verdict.is_complete:
             continue
-        target = next_quarantine_path(root, verdict.folder.step)
-        target.parent.mkdir(exist_ok=True)
-        os.rename(verdict.folder.path, target)
+        move_to_quarantine(root, verdict.folder)
         moved.append(verdict)
     return moved
+
+
+def move_to_quarantine(root: pathlib.Path, folder: Folder) -> None:
+    """Move one folder aside, under a name that keeps its step."""
+    target = next_quarantine_path(root, folder.step)
+    target.parent.mkdir(exist_ok=True)
+    folder.path.rename(target)

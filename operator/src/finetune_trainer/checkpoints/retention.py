@@ -1,4 +1,4 @@
-"""Which checkpoints may go. Choosing is pure; deleting is apart from it, done by rank 0 only, and may be killed half-way.
+"""Which checkpoints may go. Choosing is pure; deleting is apart from it, and may be killed half-way.
 
 Garbage neither counts towards a limit nor is chosen here: `resume` moves it to the quarantine, which is emptied once a
 newer checkpoint has been committed.
@@ -34,9 +34,7 @@ class Limits:
     """min: a lower metric is better; max: a higher one."""
 
 
-def select_surplus(
-    checkpoints: Sequence[Committed], limits: Limits, protected: Collection[int] = ()
-) -> list[int]:
+def select_surplus(checkpoints: Sequence[Committed], limits: Limits, protected: Collection[int] = ()) -> list[int]:
     """Return the steps to delete, oldest first: never the newest, one of the best asked for, or a protected one."""
     steps = sorted(checkpoint.step for checkpoint in checkpoints)
     kept = set(steps[-max(limits.latest, 1) :]) | set(protected)

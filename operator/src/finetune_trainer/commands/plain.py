@@ -34,10 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def load_settings(args: argparse.Namespace) -> RunConfig:
     """Return the run's settings, and note on `args` where the exit report belongs."""
-    if args.model is None:
-        settings = load_run_config(args)
-    else:
-        settings = _build_settings(args)
+    settings = load_run_config(args) if args.model is None else _build_settings(args)
     settings = apply_overrides(settings, args.set)
     args.workspace_root = settings.workspace
     return settings

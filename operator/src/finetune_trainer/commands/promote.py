@@ -21,7 +21,7 @@ def run(args: argparse.Namespace) -> int:
     workspace = apply_workspace_lock(settings)
     plain.prepare_libraries()
 
-    from finetune_trainer.checkpoints.promote import promote
+    from finetune_trainer.promotion.promote import promote
 
     result = promote(settings)
     details = {

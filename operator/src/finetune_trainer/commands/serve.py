@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _choose(args: argparse.Namespace) -> tuple[pathlib.Path, str, int]:
     """Return the folder, the name and the port, from the flags or from the run's settings."""
-    from finetune_trainer.checkpoints import promoted
+    from finetune_trainer.promotion import promoted
 
     if args.promoted:
         folder = pathlib.Path(args.promoted)

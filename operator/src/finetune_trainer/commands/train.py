@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
 
     check_settings(settings)
     attempt = _read_attempt(workspace)
-    import_stack(settings.training.tracking, settings.training.method == "lora")
+    import_stack(settings.training.tracking, uses_gpus=settings.topology.gpus_per_node > 0)
     inputs = read_inputs(settings)
     outcome = run_ranks(lambda: run_rank(inputs, attempt), inputs.run.topology, inputs.run.training)
     has_stopped = outcome.exit_code == ExitCode.SUSPENDED

@@ -8,10 +8,10 @@ from typing import Any
 from finetune_contract.reports import ExitCode, Reason
 from finetune_contract.run_config import RunConfig
 from finetune_contract.workspace import Workspace
-from finetune_trainer.checkpoints import promoted
 from finetune_trainer.errors import TrainerError
 from finetune_trainer.evaluation.harness import is_local, score_tasks
 from finetune_trainer.evaluation.holdout import measure_entropy, score_holdout
+from finetune_trainer.promotion import promoted
 from finetune_trainer.reporting import emit
 from finetune_trainer.training import modeling, tokens
 from finetune_trainer.training.inputs import find_dataset
@@ -53,9 +53,7 @@ def _read_holdout(run: RunConfig) -> tokens.TokenizedRows:
     tokenizer = modeling.load_tokenizer(base, run.trust_remote_code)
     max_length = min(run.training.max_length, modeling.limit_length(modeling.read_config(base)))
     path = find_dataset(run) / "holdout.jsonl"
-    rows = tokens.tokenize(
-        tokens.read_conversations(path), run.dataset.prompt_template, tokenizer, max_length
-    )
+    rows = tokens.tokenize(tokens.read_conversations(path), run.dataset.prompt_template, tokenizer, max_length)
     if not rows.rows:
         raise TrainerError(
             Reason.EVALUATION_FAILED,

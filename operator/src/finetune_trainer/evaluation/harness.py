@@ -80,9 +80,9 @@ def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
     kept: dict[str, float] = {}
     for name, value in metrics.items():
         metric, _, variant = name.partition(",")
-        if isinstance(value, int | float) and not isinstance(value, bool) and not metric.endswith("_stderr"):
-            if variant:
-                kept[metric if variant == "none" else name] = float(value)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and variant and not metric.endswith("_stderr"):
+            kept[metric if variant == "none" else name] = float(value)
     return kept
 
 

@@ -20,9 +20,7 @@ BATCH_TOKENS = 8192
 
 def measure_entropy(rows: TokenizedRows) -> float:
     """Return the unigram entropy of the answers, in nats per token."""
-    counts = collections.Counter(
-        label for row in rows.rows for label in row.labels if label != IGNORED
-    )
+    counts = collections.Counter(label for row in rows.rows for label in row.labels if label != IGNORED)
     total = sum(counts.values())
     return -sum(count / total * math.log(count / total) for count in counts.values())
 

@@ -128,4 +128,6 @@ def serve(name: str, generator: Generator, port: int) -> None:
     """Answer requests until SIGTERM; requests in flight are finished."""
     import uvicorn
 
-    uvicorn.run(build_app(name, generator), host="0.0.0.0", port=port, log_level="warning", timeout_graceful_shutdown=20)
+    uvicorn.run(
+        build_app(name, generator), host="0.0.0.0", port=port, log_level="warning", timeout_graceful_shutdown=20
+    )

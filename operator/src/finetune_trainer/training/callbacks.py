@@ -110,7 +110,9 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
         self._last = (state.global_step, time.monotonic())
         self._reporter.__enter__()
         emit("training", step=state.global_step, total_steps=state.max_steps)
-        metrics = {} if self._keeper.resumed_from is None else {Metric.RESUMED_FROM: self._keeper.resumed_from}
+        metrics: dict[str, float] = {}
+        if self._keeper.resumed_from is not None:
+            metrics[Metric.RESUMED_FROM] = self._keeper.resumed_from
         self._post(state, metrics, urgent=True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -127,7 +129,7 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
         rate = self._tokens_per_step * (state.global_step - self._last[0]) / max(now - self._last[1], 1e-9)
         self._last = (state.global_step, now)
         self.loss = logs["loss"]
-        metrics = {
+        metrics: dict[str, float] = {
             Metric.LOSS: logs["loss"],
             Metric.LEARNING_RATE: logs.get("learning_rate", 0.0),
             Metric.TOKENS_PER_SECOND: rate,
@@ -164,7 +166,7 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
         self._file.flush()
 
     def _post(self, state: Any, metrics: dict[str, float], urgent: bool = False) -> None:
-        metrics = {Metric.STEP: state.global_step, Metric.TOTAL_STEPS: state.max_steps, **metrics}
+        metrics = {str(Metric.STEP): state.global_step, str(Metric.TOTAL_STEPS): state.max_steps, **metrics}
         share = state.global_step / max(state.max_steps, 1)
         eta = None
         if self._first is not None and state.global_step > self._first[0]:

@@ -117,9 +117,7 @@ def _tokenize(path: pathlib.Path, run: RunConfig, tokenizer: Any, max_length: in
 def _choose_length(run: RunConfig, config: Any) -> int:
     limit = modeling.limit_length(config)
     if run.training.max_length > limit:
-        emit_warning(
-            "spec.training.maxLength is more than the model takes", asked=run.training.max_length, used=limit
-        )
+        emit_warning("spec.training.maxLength is more than the model takes", asked=run.training.max_length, used=limit)
     return min(run.training.max_length, limit)
 
 
@@ -128,7 +126,5 @@ def _choose_packing(run: RunConfig, config: Any) -> bool:
         return False
     if packing.is_packable(config.model_type):
         return True
-    emit_warning(
-        "packing is off: this architecture is not known to honour position ids", model_type=config.model_type
-    )
+    emit_warning("packing is off: this architecture is not known to honour position ids", model_type=config.model_type)
     return False

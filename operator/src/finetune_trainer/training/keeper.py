@@ -12,15 +12,28 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from finetune_contract.reports import ExitCode, Reason
 from finetune_contract.run_config import RunConfig
 from finetune_contract.workspace import Workspace
 from finetune_trainer.checkpoints import attempt, disk, layout, retention
-from finetune_trainer.checkpoints.manifest import FileEntry, Manifest, list_files, seal_files, write_manifest
-from finetune_trainer.checkpoints.resume import choose_resume, observe_checkpoints, quarantine
+from finetune_trainer.checkpoints.manifest import (
+    FileEntry,
+    Manifest,
+    list_files,
+    read_manifest,
+    seal_files,
+    write_manifest,
+)
+from finetune_trainer.checkpoints.resume import (
+    Verdict,
+    choose_resume,
+    move_to_quarantine,
+    observe_checkpoints,
+    quarantine,
+)
 from finetune_trainer.distributed import ControlGroup
 from finetune_trainer.errors import TrainerError
 from finetune_trainer.reporting import emit, emit_warning, now_text
-from finetune_contract.reports import ExitCode, Reason
 
 
 @dataclasses.dataclass
@@ -65,7 +78,7 @@ class CheckpointKeeper:
             )
         chosen = choose_resume(verdicts) if self.run.checkpoint.resume != "Never" else None
         if self.run.checkpoint.resume == "Never":
-            self._require_no_own_progress(verdicts)
+            self._set_aside(verdicts)
         if chosen is None:
             return None
         self._require_same_world(chosen)
@@ -74,17 +87,13 @@ class CheckpointKeeper:
         emit("resuming", checkpoint=chosen.path.name)
         return chosen.step
 
-    def _require_no_own_progress(self, verdicts: list[Any]) -> None:
+    def _set_aside(self, verdicts: list[Verdict]) -> None:
         """Move the checkpoints of earlier runs aside, so that new ones never mix with them."""
         for verdict in verdicts:
             if verdict.is_complete:
-                target = layout.next_quarantine_path(self.root, verdict.folder.step)
-                target.parent.mkdir(exist_ok=True)
-                verdict.folder.path.rename(target)
+                move_to_quarantine(self.root, verdict.folder)
 
     def _require_same_world(self, folder: layout.Folder) -> None:
-        from finetune_trainer.checkpoints.manifest import read_manifest
-
         manifest = read_manifest(folder.path)
         if manifest.world_size == self.group.size and manifest.zero_stage == self.run.training.zero_stage:
             return

@@ -5,7 +5,9 @@ Used by training, promotion, evaluation and generation, so that all of them read
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 from finetune_contract.reports import ExitCode, Reason
@@ -34,7 +36,7 @@ def read_config(folder: pathlib.Path, trust_remote_code: bool = False) -> Any:
     """Read a model's configuration."""
     from transformers import AutoConfig
 
-    with _invalid_model(folder, "config.json"):
+    with _reading(folder, "config.json"):
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
 
 
@@ -42,10 +44,8 @@ def load_tokenizer(folder: pathlib.Path, trust_remote_code: bool = False) -> Any
     """Load a model's tokenizer; it must know where an answer ends."""
     from transformers import AutoTokenizer
 
-    with _invalid_model(folder, "the tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=trust_remote_code, local_files_only=True
-        )
+    with _reading(folder, "the tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     if tokenizer.eos_token_id is None:
         raise TrainerError(
             Reason.MODEL_INVALID,
@@ -66,7 +66,7 @@ def load_model(folder: pathlib.Path, dtype: str, trust_remote_code: bool = False
     """Load a causal language model from a folder. `dtype` is a torch name, or auto for that of the weights."""
     from transformers import AutoModelForCausalLM
 
-    with _invalid_model(folder, "the weights"):
+    with _reading(folder, "the weights"):
         return AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
@@ -92,22 +92,16 @@ def limit_length(config: Any) -> int:
     return 1 << 30
 
 
-class _invalid_model:
-    """Turn whatever a library says about a model folder into one error; as a context manager."""
-
-    def __init__(self, folder: pathlib.Path, part: str) -> None:
-        self._folder, self._part = folder, part
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is None or not isinstance(error, OSError | ValueError | KeyError | ImportError | AttributeError):
-            return
+@contextlib.contextmanager
+def _reading(folder: pathlib.Path, part: str) -> Iterator[None]:
+    """Turn whatever a library says about a model folder into one error."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
         line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise TrainerError(
             Reason.MODEL_INVALID,
             ExitCode.NO_INPUT,
-            f"{self._folder}: {self._part} cannot be loaded: {line}",
+            f"{folder}: {part} cannot be loaded: {line}",
             "Check spec.model: it must be a causal language model in Hugging Face layout with safetensors weights.",
         ) from error

@@ -50,8 +50,7 @@ def run_rank(inputs: Inputs, attempt: int) -> tuple[int, dict[str, Any]]:
     trainer.add_callback(saver)
     progress = _add_progress(trainer, inputs, keeper)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    # Some schedules end between saves; the last state is always a checkpoint.
-    trainer._save_checkpoint(trainer.model_wrapped, None)
+    trainer.commit_last()
     loss = progress.loss if progress is not None else None
     code = ExitCode.SUSPENDED if saver.has_stopped else ExitCode.OK
     return code, _results(keeper, trainer.state.global_step, total_steps, loss)

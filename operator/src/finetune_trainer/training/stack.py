@@ -32,8 +32,6 @@ def import_stack(tracking: Sequence[str] = (), uses_gpus: bool = False) -> None:
         import deepspeed  # noqa: F401
         import peft  # noqa: F401
         import torch
-        import transformers.integrations.deepspeed
-        import transformers.models.auto.modeling_auto
         import trl.trainer.sft_trainer  # noqa: F401
 
         _import_muon()

@@ -1,4 +1,4 @@
-"""Runs the ranks of one pod: forks them from a process that has the stack imported, watches them, and says how they ended.
+"""Runs the ranks of one pod: forks them from a process that has the stack imported, and says how they ended.
 
 The first failing rank's error becomes the report. A crashed single-node attempt may be restarted here a bounded number
 of times, which saves the pod's start and the imports. SIGTERM goes on to the ranks, which save and stop.

@@ -71,14 +71,13 @@ class _BatchTokenizer:
 
     def __call__(self, text: str, *, add_special_tokens: bool) -> Mapping[str, Any]:
         if add_special_tokens:
-            return self._empty if not text else self._tokenizer(text, add_special_tokens=True)
+            known: Mapping[str, Any] = self._tokenizer(text, add_special_tokens=True) if text else self._empty
+            return known
         return {"input_ids": self._known[text]}
 
     def apply_chat_template(self, conversation: Any, *, add_generation_prompt: bool, **options: Any) -> Any:
         """Hand over to the tokenizer's own chat template."""
-        return self._tokenizer.apply_chat_template(
-            conversation, add_generation_prompt=add_generation_prompt, **options
-        )
+        return self._tokenizer.apply_chat_template(conversation, add_generation_prompt=add_generation_prompt, **options)
 
 
 def read_conversations(path: pathlib.Path) -> Iterator[Sequence[Message]]:

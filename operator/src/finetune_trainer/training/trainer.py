@@ -21,6 +21,10 @@ class ContractTrainer(SFTTrainer):  # type: ignore[misc]
         super()._save_checkpoint(model, trial)
         self.keeper.commit(self.state.global_step, self._read_metrics())
 
+    def commit_last(self) -> None:
+        """Make the end of training a checkpoint, whatever the save interval; nothing is saved twice."""
+        self._save_checkpoint(self.model_wrapped, None)
+
     def _read_metrics(self) -> dict[str, float]:
         """Return the evaluation metrics of this step, if it was evaluated."""
         for entry in reversed(self.state.log_history):

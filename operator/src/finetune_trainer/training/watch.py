@@ -80,8 +80,9 @@ class Watch:
             self._forget(descriptor)
         for line in lines:
             text = line.decode(errors="replace").rstrip("\r")
-            if text.strip():
-                self.ranks[rank].lines.append(text)
+            if not text.strip():
+                continue
+            self.ranks[rank].lines.append(text)
             print(text if rank == 0 else f"[rank {rank}] {text}", file=sys.stderr)
         sys.stderr.flush()
 

@@ -1,6 +1,6 @@
 """Turns a checkpoint into a model that is verified to be whole, under the digest of its content.
 
-The one module of this package that needs torch. The model is written to a folder beside, verified tensor by tensor, and
+The model is written to a folder beside, verified tensor by tensor, and
 appears under its name by one rename; an earlier promoted model is never touched.
 """
 
@@ -16,13 +16,14 @@ from typing import Any
 from finetune_contract.reports import ExitCode, Reason
 from finetune_contract.run_config import RunConfig
 from finetune_contract.workspace import Workspace
-from finetune_trainer.checkpoints import disk, promoted, retention
+from finetune_trainer.checkpoints import disk, retention
 from finetune_trainer.checkpoints.layout import Folder, checkpoint_name, list_folders
 from finetune_trainer.checkpoints.manifest import read_manifest, verify_checkpoint
-from finetune_trainer.checkpoints.provenance import build_provenance
 from finetune_trainer.checkpoints.resume import choose_resume, observe_checkpoints
 from finetune_trainer.data.prompts import begin_ids, build_chat_template
 from finetune_trainer.errors import TrainerError
+from finetune_trainer.promotion import promoted
+from finetune_trainer.promotion.provenance import build_provenance
 from finetune_trainer.reporting import emit, emit_warning, write_json
 from finetune_trainer.training import modeling
 
@@ -249,8 +250,8 @@ class _Tensors:
 
         self._files: dict[str, Any] = {}
         for path in sorted(folder.glob("*.safetensors")):
-            file = safe_open(path, framework="pt")
-            self._files.update(dict.fromkeys(file.keys(), file))
+            file: Any = safe_open(path, framework="pt")
+            self._files.update(dict.fromkeys(list(file.keys()), file))
 
     def has_equal(self, name: str, tensor: Any) -> bool:
         """Return whether the folder has an equal tensor of that name, at the precision of `tensor`."""

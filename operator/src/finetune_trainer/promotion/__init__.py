@@ -1,0 +1,1 @@
+"""From a checkpoint to a model under the digest of its content. Only `promote` needs torch."""
