@@ -79,8 +79,13 @@ def build_attempt(plan: Plan, record: Record, number: int, progress_ca: str) -> 
     template = job["spec"]["template"]["metadata"]
     for metadata in (job["metadata"], template):
         metadata["labels"][naming.LABEL_ATTEMPT] = str(number)
-    template["annotations"] = {SAFE_TO_EVICT: "false", **template.get("annotations", {})}
+    template["annotations"] = {**_annotations(), **template.get("annotations", {})}
+    pod_spec["containers"][0]["ports"] = [{"name": "metrics", "containerPort": METRICS_PORT, "protocol": "TCP"}]
     return config_map, job
+
+
+def _annotations() -> dict[str, str]:
+    return {SAFE_TO_EVICT: "false", "prometheus.io/scrape": "true", "prometheus.io/port": str(METRICS_PORT)}
 
 
 def _lost_node_tolerations() -> list[dict[str, Any]]:

@@ -51,8 +51,8 @@ def find_storage_problem(plan: Plan, inspected: Mapping[str, Any], claim: Claim 
         Reason.WORKSPACE_TOO_SMALL,
         (
             f"{field}: {to_words(size)} is less than the {to_words(needed)} that model, data, {kept + 1} checkpoints "
-            f"({kept} kept and one being written) and the promoted model need: ask for {choose_size(contents)}, or keep "
-            "fewer checkpoints (checkpoint.retention.latest)"
+            f"({kept} kept and one being written) and the promoted model need: ask for {choose_size(contents)}, or "
+            "keep fewer checkpoints (checkpoint.retention.latest)"
         ),
     )
 
@@ -63,16 +63,16 @@ def _judge_existing(plan: Plan, claim: Claim | None) -> tuple[str, str] | None:
         return (
             Reason.CLAIM_NOT_FOUND,
             (
-                f"workspace.existingClaim: there is no PersistentVolumeClaim {name} in namespace {plan.namespace}: make "
-                "it, or remove existingClaim to have one made"
+                f"workspace.existingClaim: there is no PersistentVolumeClaim {name} in namespace {plan.namespace}: "
+                "make it, or remove existingClaim to have one made"
             ),
         )
     if plan.run.topology.nodes > 1 and claim.access_modes and "ReadWriteMany" not in claim.access_modes:
         return (
             Reason.ACCESS_MODE_UNSUITABLE,
             (
-                f"workspace.existingClaim: {name} is {', '.join(claim.access_modes)}, and {plan.run.topology.nodes} nodes "
-                "need ReadWriteMany: use another claim, or resources.nodes: 1"
+                f"workspace.existingClaim: {name} is {', '.join(claim.access_modes)}, and {plan.run.topology.nodes} "
+                "nodes need ReadWriteMany: use another claim, or resources.nodes: 1"
             ),
         )
     return None
