@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import ClusterError
+from .layout import CACHE, held_lock
 from .progress import show
 
 PACKAGE_OF_PROGRAM = {
@@ -34,7 +35,18 @@ POLICY = Path("/usr/sbin/policy-rc.d")
 
 
 def install_missing_packages() -> None:
-    missing = sorted({package for program, package in PACKAGE_OF_PROGRAM.items() if shutil.which(program) is None})
+    if not _list_missing():
+        return
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with held_lock(CACHE / ".packages.lock"):
+        _install(_list_missing())
+
+
+def _list_missing() -> list[str]:
+    return sorted({package for program, package in PACKAGE_OF_PROGRAM.items() if shutil.which(program) is None})
+
+
+def _install(missing: list[str]) -> None:
     if not missing:
         return
     if os.geteuid() != 0 or shutil.which("apt-get") is None:
@@ -48,7 +60,7 @@ def install_missing_packages() -> None:
 def _apt_get(*arguments: str) -> None:
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     finished = subprocess.run(
-        ["apt-get", *arguments],
+        ["apt-get", "-o", "DPkg::Lock::Timeout=300", *arguments],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
