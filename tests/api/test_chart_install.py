@@ -48,15 +48,17 @@ def test_the_operators_pod_is_admitted_where_pods_must_be_restricted(installed):
 
 MAY = [
     ("team-a", "watch", "finetunejobs.finetune.dev"),
-    ("team-a", "patch", "finetunejobs.finetune.dev/status"),
+    ("team-a", "update", "finetunejobs.finetune.dev/status"),
     ("team-a", "create", "jobs.batch"),
     ("team-a", "delete", "persistentvolumeclaims"),
     ("team-a", "patch", "deployments.apps"),
-    ("team-a", "get", "pods/log"),
+    ("team-a", "update", "configmaps"),
+    ("team-a", "list", "events"),
     ("team-a", "create", "events"),
     (SYSTEM, "get", "secrets:finetune-operator-progress-tls"),
     (SYSTEM, "create", "secrets"),
-    ("", "list", "storageclasses.storage.k8s.io"),
+    (SYSTEM, "update", "secrets:finetune-operator-progress-tls"),
+    ("", "get", "storageclasses.storage.k8s.io"),
     ("", "create", "tokenreviews.authentication.k8s.io"),
 ]
 
@@ -68,6 +70,8 @@ MAY_NOT = [
     (SYSTEM, "get", "secrets:other"),
     ("team-a", "delete", "finetunejobs.finetune.dev"),
     ("team-a", "create", "pods"),
+    ("team-a", "patch", "jobs.batch"),
+    ("team-a", "get", "pods/log"),
     ("team-a", "create", "pods/exec"),
     ("team-a", "create", "rolebindings.rbac.authorization.k8s.io"),
     ("team-a", "patch", "serviceaccounts"),

@@ -71,6 +71,17 @@ def test_an_install_for_named_namespaces_has_roles_only(chart):
     assert read_settings(objects).watch_namespaces == ("team-a", "team-b")
 
 
+def test_such_an_install_may_be_given_token_reviews_and_nothing_else(chart):
+    objects = chart.render({"config": {"watchNamespaces": ["team-a"]}, "rbac": {"reviewTokens": True}})
+    (role,) = select(objects, "ClusterRole")
+    assert role["rules"] == [
+        {"apiGroups": ["authentication.k8s.io"], "resources": ["tokenreviews"], "verbs": ["create"]}
+    ]
+    (binding,) = select(objects, "ClusterRoleBinding")
+    assert binding["roleRef"]["name"] == role["metadata"]["name"]
+    assert not select(chart.render({"rbac": {"reviewTokens": True}}), "ClusterRoleBinding")[1:]
+
+
 @pytest.mark.parametrize("watched", [[], ["team-a"]], ids=["cluster", "namespaced"])
 def test_rights_are_the_least_that_work(chart, watched):
     objects = chart.render({"config": {"watchNamespaces": watched}})
