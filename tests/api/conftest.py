@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -10,11 +11,14 @@ import sys
 import pytest
 
 from tests.demo.kubectl import Cluster, ClusterError
+from tests.support.kubelet import Kubelet
 from tests.support.manifests import REPOSITORY
+from tests.support.operator_process import OperatorProcess
+from tests.support.rest import Rest
 from tests.support.waiting import eventually
 
 _TOOL = REPOSITORY / "tests" / "cluster" / "cluster.py"
-_NAME = "api-rung"
+_NAME = f"api-{os.getpid()}"
 
 
 def pytest_collection_modifyitems(items):
@@ -64,3 +68,26 @@ def namespace(crd, request):
     crd.run("create", "namespace", name)
     yield name
     crd.run("delete", "namespace", name, "--wait=false")
+
+
+@pytest.fixture(scope="session")
+def rest(crd):
+    """The API server without kubectl, with two nodes that exist in name only."""
+    client = Rest(crd.kubeconfig)
+    for name in ("node-a", "node-b"):
+        client.request("POST", "/api/v1/nodes", {"apiVersion": "v1", "kind": "Node", "metadata": {"name": name}})
+    return client
+
+
+@pytest.fixture(scope="session")
+def operator(crd, tmp_path_factory):
+    """One copy of the operator for all namespaces; tests that kill theirs start their own."""
+    process = OperatorProcess(tmp_path_factory.mktemp("operator"), crd.kubeconfig).start().wait_until_healthy()
+    yield process
+    process.stop()
+
+
+@pytest.fixture
+def kubelet(rest, namespace):
+    """The test plays the kubelet of its namespace."""
+    return Kubelet(rest, namespace)
