@@ -8,6 +8,7 @@ import os
 import re
 import secrets
 import signal
+import socket
 import ssl
 import subprocess
 import sys
@@ -331,6 +332,13 @@ def test_the_s3_server_answers_over_tls_only_to_who_knows_the_clusters_authority
     trusted = ssl.create_default_context(cafile=s3["authority"])
     with urllib.request.urlopen(f"{s3['tlsUrl']}/health", timeout=5, context=trusted) as answer:
         assert answer.status == 200
+
+
+def test_a_packet_to_a_pod_or_service_that_does_not_exist_is_refused_and_never_circles(cluster):
+    prefix = cluster.status["nodeAddress"].rsplit(".", 2)[0]
+    for nobody in (f"{prefix}.100.200", f"{prefix}.180.200"):
+        with pytest.raises(OSError, match=r"No route to host|unreachable"):
+            socket.create_connection((nobody, 80), timeout=10)
 
 
 def test_a_limited_volume_runs_full_and_grows_under_its_pod(cluster):

@@ -82,9 +82,13 @@ def _connect_to_host(cluster: Cluster, pid: int) -> None:
         "link set lo up",
         f"address add {cluster.node_address}/30 dev {HOST_LINK}",
         f"link set {HOST_LINK} up",
-        # Each pod has its own route. Without this one, a packet to a pod that has gone leaves by the uplink, comes back by
-        # the host's route and circles, a socket of the uplink each time, until nothing else gets through.
+        # Each pod has its own route. Without this one, a packet to a pod that has gone leaves by the uplink, comes back
+        # by the host's route and circles, a socket of the uplink each time, until nothing else gets through.
         f"route add unreachable {cluster.pod_network}",
+        # The same for a Service that has gone; one that exists is translated before it is routed, but for packets of
+        # the node's own, which must find a route first.
+        f"rule add priority 100 to {cluster.service_network} iif lo lookup main",
+        f"rule add priority 101 to {cluster.service_network} unreachable",
     ):
         _run(["nsenter", f"--net=/proc/{pid}/ns/net", "ip", *command.split()])
     _run(["ip", "route", "add", cluster.network, "via", cluster.node_address])
