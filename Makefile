@@ -80,6 +80,10 @@ verify: generate ## Generated files fresh, lint, types, unit tests
 images: ## Build the images into the embedded cluster's store
 	@$(PYTHON) tests/cluster/images/build.py --name "$(CLUSTER)"
 
+.PHONY: release
+release: venv ## Push images and chart: VERSION=v1.2.3 REGISTRY=registry.example.com/finetune
+	@$(BIN)/python pipelines/release.py --version "$(VERSION)" --registry "$(REGISTRY)" --helm "$$($(CLUSTER_TOOL) tools)/helm"
+
 ##@ The embedded cluster
 
 .PHONY: cluster-up cluster-down kubeconfig
