@@ -11,19 +11,20 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
 from base import build_base_reference, write_base_archive
-from buildkit import BuildKit, build_programs, running_daemon
+from buildkit import build_programs, running_daemon
 from common import CACHE, ROOT, ImageBuildError, held_lock, show
-from recipes import Recipe
+from recipes import Recipe, stage_recipe
 
 CLUSTER_TOOL = ROOT / "tests/cluster/cluster.py"
 REFERENCES = ROOT / "build/images.json"
-KEPT_BUILDS = 3
+KEPT_BUILDS = 4
 
 
 class Store:
@@ -76,52 +77,34 @@ def make_tools() -> tuple[Path, Path]:
     return programs, write_base_archive(CACHE / "images")
 
 
-def build_options(recipe: Recipe, reference: str) -> list[str]:
+def build_options(recipe: Recipe) -> list[str]:
     """Say to buildctl where everything is; layers stay uncompressed, as they are unpacked at once."""
-    options = [
-        f"--local=context={ROOT}",
-        f"--local=dockerfile={ROOT / 'images' / recipe.name}",
-        "--opt=image-resolve-mode=local",
-        f"--output=type=image,name={reference},unpack=true,compression=uncompressed",
-    ]
+    arguments = {**recipe.build_arguments, "REVISION": recipe.reference.rpartition(":")[2]}
     bundle = os.environ.get("SSL_CERT_FILE")
-    return options + ([f"--secret=id=ca-bundle,src={bundle}"] if bundle and Path(bundle).is_file() else [])
-
-
-def build_stack(buildkit: BuildKit, recipe: Recipe) -> None:
-    arguments = {"BASE_IMAGE": build_base_reference(), **dict(recipe.build_arguments)}
-    options = [f"--opt=build-arg:{name}={value}" for name, value in arguments.items()]
-    reference = recipe.stack_reference
-    buildkit.build(recipe.name, [*build_options(recipe, reference), "--opt=target=stack", *options])
-    buildkit.forget_layers()
-
-
-def build_image(buildkit: BuildKit, recipe: Recipe) -> None:
-    """Put our sources on the stack that is in the store; the Dockerfile's own stack stage is not run again."""
-    options = [
-        f"--opt=context:stack=docker-image://{recipe.stack_reference}",
-        f"--opt=build-arg:BASE_IMAGE={build_base_reference()}",
-        f"--opt=build-arg:REVISION={recipe.reference.rpartition(':')[2]}",
+    return [
+        f"--local=context={recipe.folder}",
+        f"--local=dockerfile={recipe.folder / 'images' / recipe.name}",
+        "--opt=image-resolve-mode=local",
+        *(f"--opt=build-arg:{name}={value}" for name, value in arguments.items()),
+        *([f"--secret=id=ca-bundle,src={bundle}"] if bundle and Path(bundle).is_file() else []),
+        f"--output=type=image,name={recipe.reference},unpack=true,compression=uncompressed",
     ]
-    buildkit.build(recipe.name, [*build_options(recipe, recipe.reference), *options])
 
 
 def build_missing(status: dict[str, Any], recipes: list[Recipe], store: Store) -> None:
     present = store.list_references()
-    if {recipe.reference for recipe in recipes} <= present:
+    missing = [recipe for recipe in recipes if recipe.reference not in present]
+    if not missing:
         return
     programs, archive = make_tools()
     if build_base_reference() not in present:
         store.import_archive(archive)
     with running_daemon(programs, status, CACHE / "clusters" / status["name"] / "containerd/buildkit") as buildkit:
-        for recipe in recipes:
-            if recipe.reference in present:
-                continue
+        for recipe in missing:
             started = time.monotonic()
-            if recipe.stack_reference not in present:
-                build_stack(buildkit, recipe)
-            build_image(buildkit, recipe)
+            buildkit.build(recipe.name, build_options(recipe))
             show(f"built {recipe.reference} in {time.monotonic() - started:.0f} s")
+        buildkit.forget_old_layers()
 
 
 def remove_old_builds(recipes: list[Recipe], store: Store, history: Path) -> None:
@@ -129,20 +112,20 @@ def remove_old_builds(recipes: list[Recipe], store: Store, history: Path) -> Non
     known: dict[str, list[str]] = json.loads(history.read_text()) if history.exists() else {}
     old: list[str] = []
     for recipe in recipes:
-        for name, reference in ((recipe.name, recipe.reference), (f"{recipe.name}-stack", recipe.stack_reference)):
-            used = [reference, *(other for other in known.get(name, []) if other != reference)]
-            kept = KEPT_BUILDS if name == recipe.name else 1
-            known[name], old = used[:kept], old + used[kept:]
+        used = [recipe.reference, *(other for other in known.get(recipe.name, []) if other != recipe.reference)]
+        known[recipe.name], old = used[:KEPT_BUILDS], old + used[KEPT_BUILDS:]
     history.write_text(json.dumps(known))
     store.remove([reference for reference in old if reference in store.list_references()])
 
 
-def build(name: str, recipes: list[Recipe]) -> dict[str, str]:
+def build(name: str, images: list[str], torch_index_url: str) -> dict[str, str]:
     """Build what the store of cluster `name` lacks and return the reference of every image asked for."""
-    folder = CACHE / "clusters" / name
     status = read_cluster_status(name)
     store = Store(status["containerd"]["ctr"])
-    with held_lock(folder / "images.lock"):
+    folder = CACHE / "clusters" / name
+    index = {"TORCH_INDEX_URL": torch_index_url} if torch_index_url else {}
+    with held_lock(folder / "images.lock"), tempfile.TemporaryDirectory() as context:
+        recipes = [stage_recipe(image, Path(context) / image, index if image == "trainer" else {}) for image in images]
         build_missing(status, recipes, store)
         remove_old_builds(recipes, store, folder / "containerd/finetune-images.json")
     return {recipe.name: recipe.reference for recipe in recipes}
@@ -156,11 +139,8 @@ def main() -> int:
     arguments = parser.parse_args()
     if unknown := set(arguments.images) - {"operator", "trainer"}:
         parser.error(f"{', '.join(sorted(unknown))}: only operator and trainer are built for the embedded cluster")
-    index = (("TORCH_INDEX_URL", arguments.torch_index_url),) if arguments.torch_index_url else ()
-    names = arguments.images or ["operator", "trainer"]
-    recipes = [Recipe(image, index if image == "trainer" else ()) for image in names]
     try:
-        references = build(arguments.name, recipes)
+        references = build(arguments.name, arguments.images or ["operator", "trainer"], arguments.torch_index_url)
     except ImageBuildError as error:
         print(f"images: {error}", file=sys.stderr)
         return 1

@@ -23,6 +23,7 @@ from common import CACHE, ImageBuildError, held_lock, show
 MODULE = Path(__file__).resolve().parent / "buildkit"
 PROGRAMS = ["buildctl", "buildkitd"]
 SECONDS_BETWEEN_SIGNS_OF_LIFE = 10
+CACHE_MEGABYTES = 10_000
 
 
 def build_programs() -> Path:
@@ -94,9 +95,10 @@ class BuildKit:
         if process.returncode:
             raise ImageBuildError(f"building {label} failed:\n{progress.describe_failure()}")
 
-    def forget_layers(self) -> None:
-        """Drop the build cache: the images keep their own copy of every layer, and each copy is 6 GB."""
-        subprocess.run([*self._buildctl, "prune", "--all"], check=True, stdout=subprocess.DEVNULL)
+    def forget_old_layers(self) -> None:
+        """Keep the newest layers, enough for the next change of code; those of an old lock are 6 GB each."""
+        command = [*self._buildctl, "prune", "--all", f"--keep-storage={CACHE_MEGABYTES}"]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
     def is_ready(self) -> bool:
         command = [*self._buildctl, "debug", "workers"]
