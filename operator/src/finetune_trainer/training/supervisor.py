@@ -151,6 +151,9 @@ def _run_child(
         os.dup2(writer, 1)
         os.dup2(writer, 2)
         os.close(writer)
+        # Whatever stood in for the standard streams in the supervisor is not this process's.
+        sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
+        sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
         os.environ.update(variables, TOKENIZERS_PARALLELISM="false")
         signal.signal(signal.SIGTERM, _raise_stop)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})

@@ -1,0 +1,89 @@
+"""Which rank's error is reported, as what, and with which remedy."""
+
+import signal
+
+import pytest
+
+from finetune_contract.reports import ExitCode, Reason
+from finetune_contract.run_config import TrainingConfig
+from finetune_trainer.errors import TrainerError
+from finetune_trainer.training.failures import RankEnd, build_failure, choose_first
+
+TRAINING = TrainingConfig(per_device_batch_size=8, gradient_accumulation_steps=4)
+
+PEER = "RuntimeError: [gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:20011"
+
+
+def test_the_rank_that_began_it_is_reported_not_those_that_lost_it():
+    ends = [
+        RankEnd(0, 1, ended_at=1.0, text=PEER),
+        RankEnd(1, 1, ended_at=2.0, text="ValueError: bad row"),
+        RankEnd(2, 1, ended_at=1.5, text=PEER),
+    ]
+
+    assert choose_first(ends).rank == 1
+
+
+def test_a_killed_rank_began_it_although_the_others_noted_their_errors_first():
+    ends = [RankEnd(0, 1, 1.0, text=PEER), RankEnd(1, -signal.SIGKILL, 3.0)]
+
+    assert choose_first(ends).rank == 1
+
+
+def test_of_several_own_errors_the_earliest_is_reported():
+    ends = [RankEnd(0, 1, 2.0, text="KeyError: 'b'"), RankEnd(1, 1, 1.0, text="KeyError: 'a'")]
+
+    assert choose_first(ends).rank == 1
+
+
+def test_ranks_that_ended_well_or_stopped_on_request_are_no_failure():
+    assert choose_first([RankEnd(0, 0, 1.0), RankEnd(1, ExitCode.SUSPENDED, 1.0)]) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "exit_code", "reason", "code"),
+    [
+        ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB", 1, Reason.OUT_OF_MEMORY, 79),
+        ("torch.distributed.DistBackendError: NCCL error: unhandled system error", 1, Reason.NCCL_ERROR, 69),
+        ("OSError: [Errno 28] No space left on device: '/workspace/x'", 1, Reason.STORAGE_FULL, 73),
+        ("RuntimeError: PytorchStreamWriter failed writing file data/0: file write failed", 1, Reason.STORAGE_FULL, 73),
+        ("SafetensorError: I/O error: No space left on device (os error 28)", 1, Reason.STORAGE_FULL, 73),
+        ("", -signal.SIGKILL, Reason.KILLED, 1),
+        ("DeepSpeedConfigError: unknown key", 1, Reason.INVALID_CONFIG, 78),
+        (PEER, 1, Reason.RANK_FAILED, 69),
+        ("ZeroDivisionError: division by zero", 1, Reason.USER_CODE_ERROR, 1),
+    ],
+)
+def test_each_end_has_its_class(text, exit_code, reason, code):
+    failure = build_failure(RankEnd(3, exit_code, 1.0, text=text, tail="last words"), TRAINING)
+
+    assert (failure.reason, failure.exit_code, failure.rank) == (reason, code, 3)
+    assert failure.details["last_lines"] == "last words"
+    assert "rank 3" in failure.message
+
+
+def test_an_error_that_the_rank_classified_itself_is_kept():
+    own = TrainerError(Reason.NON_FINITE_LOSS, ExitCode.USER_CODE, "the loss became nan at step 7")
+
+    assert build_failure(RankEnd(0, 1, 1.0, error=own, text="x"), TRAINING).message == "the loss became nan at step 7"
+
+
+@pytest.mark.parametrize(
+    ("batch", "accumulation", "expected"), [(8, 4, ("4", "8")), (6, 1, ("3", "2")), (5, 1, ("1", "5"))]
+)
+def test_out_of_memory_names_the_batch_to_try_with_the_same_rows_per_step(batch, accumulation, expected):
+    training = TrainingConfig(per_device_batch_size=batch, gradient_accumulation_steps=accumulation)
+
+    hint = build_failure(RankEnd(0, 1, 1.0, text="torch.OutOfMemoryError: CUDA out of memory"), training).hint
+
+    assert f"perDeviceBatchSize to {expected[0]} " in hint
+    assert f"gradientAccumulationSteps to {expected[1]}:" in hint
+
+
+def test_out_of_memory_at_batch_one_names_other_ways_out():
+    text = "torch.OutOfMemoryError: CUDA out of memory"
+    with_checkpointing = TrainingConfig(per_device_batch_size=1)
+    without = TrainingConfig(per_device_batch_size=1, gradient_checkpointing=False)
+
+    assert "offload to all" in build_failure(RankEnd(0, 1, 1.0, text=text), with_checkpointing).hint
+    assert "gradientCheckpointing to true" in build_failure(RankEnd(0, 1, 1.0, text=text), without).hint

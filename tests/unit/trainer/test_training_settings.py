@@ -1,0 +1,155 @@
+"""Settings of a run: step arithmetic, DeepSpeed's configuration, packing, and fields set by name."""
+
+import argparse
+import json
+
+import pytest
+
+from finetune_contract.reports import ExitCode
+from finetune_contract.run_config import DatasetConfig, RunConfig, Source, Topology, TrainingConfig
+from finetune_trainer.commands import plain
+from finetune_trainer.errors import TrainerError
+from finetune_trainer.training.deepspeed_config import build_deepspeed_config
+from finetune_trainer.training.inputs import check_settings
+from finetune_trainer.training.packing import choose_accumulation, is_packable
+from finetune_trainer.training.schedule import count_steps
+
+RUN = RunConfig(model=Source("hf://org/model"), dataset=DatasetConfig(sources=()))
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_the_recipe_s_deepspeed_configuration_has_no_offload_and_leaves_numbers_to_the_trainer(stage):
+    config = build_deepspeed_config(TrainingConfig(zero_stage=stage, precision="fp16"))
+
+    zero = config["zero_optimization"]
+    assert zero["stage"] == stage
+    assert "offload_optimizer" not in zero
+    assert "offload_param" not in zero
+    assert (config["fp16"], config["bf16"]) == ({"enabled": True}, {"enabled": False})
+    assert config["train_batch_size"] == config["gradient_accumulation_steps"] == "auto"
+    # Without it a ZeRO-3 run saves placeholders of shape (0,).
+    assert zero.get("stage3_gather_16bit_weights_on_model_save", stage < 3) is True
+
+
+def test_offload_all_means_parameters_too_only_where_they_are_partitioned():
+    def offloaded(stage, offload):
+        zero = build_deepspeed_config(TrainingConfig(zero_stage=stage, offload=offload))["zero_optimization"]
+        return sorted(key for key in zero if key.startswith("offload"))
+
+    assert offloaded(3, "all") == ["offload_optimizer", "offload_param"]
+    assert offloaded(3, "optimizer") == ["offload_optimizer"]
+    assert offloaded(2, "all") == ["offload_optimizer"]
+
+
+def test_what_the_user_writes_wins_key_by_key():
+    user = {"zero_optimization": {"overlap_comm": False}, "wall_clock_breakdown": True}
+
+    config = build_deepspeed_config(TrainingConfig(deepspeed_config=user))
+
+    assert config["zero_optimization"]["overlap_comm"] is False
+    assert config["zero_optimization"]["stage"] == 3
+    assert config["wall_clock_breakdown"] is True
+
+
+@pytest.mark.parametrize(
+    ("rows", "ranks", "training", "steps"),
+    [
+        # The recipe of origin: 54,974 rows, 4 GPUs x 8 x 4 = 128 rows per step, rounded up as the Trainer does.
+        (54_974, 4, TrainingConfig(), 1290),
+        (10, 1, TrainingConfig(epochs=1, per_device_batch_size=1, gradient_accumulation_steps=4), 3),
+        (7, 2, TrainingConfig(epochs=1, per_device_batch_size=2, gradient_accumulation_steps=1), 2),
+        (7, 2, TrainingConfig(epochs=0.5, per_device_batch_size=2, gradient_accumulation_steps=1), 1),
+        (7, 2, TrainingConfig(max_steps=9), 9),
+        (1, 4, TrainingConfig(epochs=3), 3),
+    ],
+)
+def test_steps_are_counted_as_the_trainer_counts_them(rows, ranks, training, steps):
+    assert count_steps(rows, ranks, training) == steps
+
+
+def test_automatic_accumulation_keeps_the_recipe_s_examples_per_step():
+    # 4 ranks of 8 rows with 4 examples in each pack: one micro step already holds the recipe's 128 examples.
+    assert choose_accumulation(0, 32, 4.0, 128) == 1
+    assert choose_accumulation(0, 32, 1.0, 128) == 4
+    assert choose_accumulation(0, 32, 9.0, 128) == 1
+    assert choose_accumulation(6, 32, 9.0, 128) == 6
+
+
+def test_packing_is_for_architectures_that_honour_position_ids():
+    assert is_packable("llama")
+    assert is_packable("gpt_neox")
+    assert not is_packable("mpt")
+
+
+def test_fp16_without_gpus_is_refused_with_what_to_type():
+    fp16 = RunConfig(model=RUN.model, dataset=RUN.dataset, training=TrainingConfig(precision="fp16"))
+
+    with pytest.raises(TrainerError) as caught:
+        check_settings(fp16)
+
+    assert caught.value.exit_code == ExitCode.CONFIG
+    assert "spec.training.precision" in caught.value.message
+    assert "bf16" in caught.value.hint
+    check_settings(RunConfig(RUN.model, RUN.dataset, training=fp16.training, topology=Topology(gpus_per_node=1)))
+
+
+def test_any_field_can_be_set_by_its_name():
+    changed = plain.apply_overrides(
+        RUN, ["training.max_steps=10", "dataset.prompt_template=wizardlm", 'training.deepspeed_config={"a": 1}']
+    )
+
+    assert changed.training.max_steps == 10
+    assert changed.dataset.prompt_template == "wizardlm"
+    assert changed.training.deepspeed_config == {"a": 1}
+    assert RUN.training.max_steps == 0
+
+
+@pytest.mark.parametrize(
+    ("assignment", "said"),
+    [
+        ("training.maxSteps=1", "training.maxSteps=1: no such field"),
+        ("nonsense", "nonsense: no such field"),
+        ("training.max_steps=ten", "training.max_steps: expected int"),
+    ],
+)
+def test_a_wrong_assignment_is_named(assignment, said):
+    with pytest.raises(TrainerError) as caught:
+        plain.apply_overrides(RUN, [assignment])
+
+    assert caught.value.exit_code == ExitCode.USAGE
+    assert said in caught.value.message
+
+
+def test_plain_files_stand_in_for_a_run_configuration(tmp_path):
+    parser = argparse.ArgumentParser()
+    plain.add_arguments(parser)
+    args = parser.parse_args(
+        [
+            "--model",
+            str(tmp_path),
+            "--data",
+            str(tmp_path),
+            "--workspace",
+            str(tmp_path / "w"),
+            "--set",
+            "training.seed=7",
+        ]
+    )
+
+    settings = plain.load_settings(args)
+
+    assert (settings.model.source, settings.workspace) == (str(tmp_path), str(tmp_path / "w"))
+    assert settings.dataset.sources[0].source == str(tmp_path)
+    assert settings.training.seed == 7
+    assert args.workspace_root == str(tmp_path / "w")
+
+
+def test_a_run_configuration_file_is_read(tmp_path):
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps(json.loads(RUN.to_json()) | {"workspace": str(tmp_path)}))
+    parser = argparse.ArgumentParser()
+    plain.add_arguments(parser)
+
+    settings = plain.load_settings(parser.parse_args(["--run-config", str(file)]))
+
+    assert settings.workspace == str(tmp_path)
