@@ -28,7 +28,7 @@ EXAMPLE = REPOSITORY / "crds" / "examples" / "demo.yaml"
 CHART = REPOSITORY / "charts" / "finetune-operator"
 OPERATOR_NAMESPACE = "finetune-system"
 NAMESPACE = "finetune-demo"
-NUM_ROWS = 4000
+NUM_ROWS = 3000
 PROMPT = "What does `str.partition` do?"
 JOB_TIMEOUT_SECONDS = 1200
 
