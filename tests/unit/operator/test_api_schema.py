@@ -24,12 +24,13 @@ def walk(schema, path=""):
 
 
 SCHEMA = crd.build_schema()
+GENERATED = crd.build_files()
 NODES = [(path, node) for path, node in walk(SCHEMA) if path and path != ".metadata"]
 
 
-@pytest.mark.parametrize("path", sorted(crd.build_files()))
+@pytest.mark.parametrize("path", sorted(GENERATED))
 def test_generated_files_are_fresh(path):
-    assert (REPOSITORY / path).read_text() == crd.build_files()[path], "run: make generate"
+    assert (REPOSITORY / path).read_text() == GENERATED[path], "run: make generate"
 
 
 def test_every_property_is_described_in_a_sentence():

@@ -123,11 +123,16 @@ def _build_column(name: str, kind: str, path: str, priority: int, description: s
     return column | {"priority": priority} if priority else column
 
 
+class _Dumper(yaml.SafeDumper):
+    """Writes shapes that occur twice twice: Kubernetes' readers know no anchors."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
 def to_yaml(document: Mapping[str, Any]) -> str:
     """Return the document as YAML without anchors."""
-    dumper = yaml.SafeDumper
-    dumper.ignore_aliases = lambda *_: True  # type: ignore[method-assign]
-    return yaml.dump(dict(document), Dumper=dumper, sort_keys=False, width=120, allow_unicode=True)
+    return yaml.dump(dict(document), Dumper=_Dumper, sort_keys=False, width=100, allow_unicode=True)
 
 
 def build_files() -> dict[str, str]:

@@ -71,7 +71,7 @@ RelativePath = Annotated[
 ]
 """A folder below the root of a volume."""
 
-_QUANTITY = r"[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|E|Ki|Mi|Gi|Ti|Pi|Ei)?"
+_QUANTITY = r"[0-9]+(\.[0-9]+)?(m|k|[MGTPE]|[KMGTPE]i)?"
 
 
 class _IntOrString:
