@@ -136,10 +136,11 @@ class Cluster:
     async def observe_job(self, key: JobKey, body: Mapping[str, Any]) -> Observed:
         """Return everything that exists of a job."""
         selector = {"labelSelector": f"{naming.LABEL_JOB}={key.name}"}
-        maps, jobs, pods, services, budgets, claim = await asyncio.gather(
-            self._list("v1", "configmaps", key.namespace, selector),
-            self._list("batch/v1", "jobs", key.namespace, selector),
-            self._list("v1", "pods", key.namespace, selector),
+        # The order matters: what the record speaks of is looked for after it was read, and the pods of a Job after the
+        # Job. The other way round, a child made in between would look like one that somebody deleted.
+        maps = await self._list("v1", "configmaps", key.namespace, selector)
+        (jobs, pods), services, budgets, claim = await asyncio.gather(
+            self._list_jobs_then_pods(key.namespace, selector),
             self._list("v1", "services", key.namespace, selector),
             self._list("policy/v1", "poddisruptionbudgets", key.namespace, selector),
             self._read("v1", "persistentvolumeclaims", key.namespace, key.names.claim),
@@ -171,6 +172,10 @@ class Cluster:
         )
         observed = await self._observe_endpoint(key, observed)
         return await self._observe_trouble(key, observed)
+
+    async def _list_jobs_then_pods(self, namespace: str, query: Mapping[str, str]) -> tuple[list[Json], list[Json]]:
+        jobs = await self._list("batch/v1", "jobs", namespace, query)
+        return jobs, await self._list("v1", "pods", namespace, query)
 
     async def _observe_endpoint(self, key: JobKey, observed: Observed) -> Observed:
         if not (observed.record.has_done(Phase.TRAIN) or observed.has_finalizer):

@@ -8,6 +8,7 @@ other defaults, carries on a running job as it was.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -212,6 +213,7 @@ def freeze(plan: Plan, version: str) -> str:
     return json.dumps({**data, "run": json.loads(plan.run.to_json())}, sort_keys=True, indent=1)
 
 
+@functools.lru_cache(maxsize=256)
 def _read_frozen(text: str) -> dict[str, Any]:
     if not text:
         return {}
