@@ -33,16 +33,23 @@ class Store:
     def __init__(self, ctr: list[str]) -> None:
         self._ctr = ctr
 
-    def list_references(self) -> set[str]:
-        listed = subprocess.run([*self._ctr, "images", "ls", "-q"], check=True, capture_output=True, text=True)
-        return set(listed.stdout.split())
+    def list_images(self) -> dict[str, str]:
+        """Read the digest that each reference stands for."""
+        listed = subprocess.run([*self._ctr, "images", "ls"], check=True, capture_output=True, text=True).stdout
+        rows = [line.split() for line in listed.splitlines()[1:]]
+        return {row[0]: row[2] for row in rows}
 
     def import_archive(self, archive: Path) -> None:
         subprocess.run([*self._ctr, "images", "import", str(archive)], check=True, stdout=subprocess.DEVNULL)
 
     def remove(self, references: list[str]) -> None:
-        if references:
-            subprocess.run([*self._ctr, "images", "rm", *references], check=True, stdout=subprocess.DEVNULL)
+        """Remove images with the second name that kubelet's runtime gives each, or their layers would stay."""
+        images = self.list_images()
+        kept = {digest for name, digest in images.items() if not name.startswith("sha256:") and name not in references}
+        going = {images[reference] for reference in references if reference in images} - kept
+        names = [name for name, digest in images.items() if name in references or digest in going]
+        if names:
+            subprocess.run([*self._ctr, "images", "rm", *names], check=True, stdout=subprocess.DEVNULL)
 
 
 def read_cluster_status(name: str) -> dict[str, Any]:
@@ -92,7 +99,7 @@ def build_options(recipe: Recipe) -> list[str]:
 
 
 def build_missing(status: dict[str, Any], recipes: list[Recipe], store: Store) -> None:
-    present = store.list_references()
+    present = store.list_images()
     missing = [recipe for recipe in recipes if recipe.reference not in present]
     if not missing:
         return
@@ -115,7 +122,8 @@ def remove_old_builds(recipes: list[Recipe], store: Store, history: Path) -> Non
         used = [recipe.reference, *(other for other in known.get(recipe.name, []) if other != recipe.reference)]
         known[recipe.name], old = used[:KEPT_BUILDS], old + used[KEPT_BUILDS:]
     history.write_text(json.dumps(known))
-    store.remove([reference for reference in old if reference in store.list_references()])
+    if old:
+        store.remove(old)
 
 
 def build(name: str, images: list[str], torch_index_url: str) -> dict[str, str]:
