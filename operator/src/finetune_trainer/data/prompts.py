@@ -128,7 +128,8 @@ def build_segments(messages: Sequence[Message], template: str) -> tuple[Segment,
             prompt = ""
     if prompt:
         segments.append(Segment(prompt, False))
-    return tuple(segment for segment in segments if segment.text)
+    # An empty answer still ends, which is learned; an empty prompt is nothing.
+    return tuple(segment for segment in segments if segment.text or segment.is_answer)
 
 
 def _user_text(style: Style, message: Message, needs_opening: bool) -> str:

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 _TIMEOUT_SECONDS = 30.0
 
+HUB_ERRORS = (httpx2.HTTPError, OSError, hub_errors.HFValidationError)
+"""What the client raises for answers and connections; anything else is a fault of ours."""
+
 
 def make_api(access: Access) -> huggingface_hub.HfApi:
     """Return a client with the job's token and endpoint, and never with a token left on the machine."""
@@ -44,8 +47,6 @@ def explain_hub_error(error: Exception, access: Access, what: str) -> Exception:
         return access.not_found(what)
     if status in (401, 403):
         return access.refused(what, f"HTTP {status}")
-    if not isinstance(error, httpx2.HTTPError | OSError):
-        return error
     text = (str(error).strip().splitlines() or [""])[0]
     return TemporaryError(f"{type(error).__name__}: {text}")
 
@@ -70,7 +71,7 @@ class HubStore:
                 files_metadata=True,
                 timeout=_TIMEOUT_SECONDS,
             )
-        except Exception as error:
+        except HUB_ERRORS as error:
             raise explain_hub_error(error, self._access, self._location.text) from error
         self._commit = str(info.sha)
         siblings: list[Any] = getattr(info, "siblings", None) or []

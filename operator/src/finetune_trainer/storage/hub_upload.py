@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 import huggingface_hub
 from huggingface_hub import CommitOperationAdd
 
-from finetune_trainer.errors import TrainerError
 from finetune_trainer.reporting import emit
-from finetune_trainer.storage.hub import explain_hub_error, make_api
+from finetune_trainer.storage.hub import HUB_ERRORS, explain_hub_error, make_api
 from finetune_trainer.storage.publish import COMPLETE, LocalFile, build_complete, refuse_other_content
 from finetune_trainer.storage.retry import call_with_retries
 
@@ -32,9 +31,7 @@ def publish_to_hub(location: Location, digest: str, files: Sequence[LocalFile], 
             api.create_repo(repository, private=True, exist_ok=True)
             if not _has_tag(api, repository, digest, files, access):
                 _commit(api, repository, digest, files)
-        except TrainerError:
-            raise
-        except Exception as error:
+        except HUB_ERRORS as error:
             raise explain_hub_error(error, access, location.text) from error
 
     call_with_retries(publish, access, url)

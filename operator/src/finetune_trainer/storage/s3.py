@@ -24,11 +24,15 @@ if TYPE_CHECKING:
 
 _CHUNK = 1 << 20
 _REFUSED = {
-    "401", "403", "AccessDenied", "AllAccessDisabled", "ExpiredToken", "InvalidAccessKeyId", "InvalidToken",
-    "SignatureDoesNotMatch", "AccountProblem", "TokenRefreshRequired",
-}  # fmt: skip
+    "ExpiredToken",
+    "InvalidToken",
+    "TokenRefreshRequired",
+    "AuthorizationHeaderMalformed",
+    "XAdminUserNotFound",
+}
+"""Codes that servers send with status 400 or 404 although they are about credentials."""
 _MISSING = {"404", "NoSuchBucket", "NoSuchKey", "NoSuchVersion", "NotFound"}
-_WRONG = {"400", "405", "InvalidBucketName", "PermanentRedirect", "301", "InvalidArgument", "MethodNotAllowed"}
+_TEMPORARY_STATUSES = {408, 409, 425, 429}
 _NO_CREDENTIALS = (
     botocore.exceptions.NoCredentialsError,
     botocore.exceptions.PartialCredentialsError,
@@ -68,15 +72,7 @@ def explain_s3_error(error: Exception, access: Access, what: str) -> Exception:
     if isinstance(error, _NO_CREDENTIALS):
         return access.refused(what, "there are no credentials")
     if isinstance(error, botocore.exceptions.ClientError):
-        code = str(error.response.get("Error", {}).get("Code", ""))
-        if code in _REFUSED:
-            return access.refused(what, code if not code.isdigit() else f"HTTP {code}")
-        if code in _MISSING:
-            return access.not_found(what)
-        if code in _WRONG:
-            hint = f"Check {access.field}.{access.source_field}, and AWS_REGION and AWS_ENDPOINT_URL_S3 in the Secret."
-            return access.invalid(what, f"the server answered {code}", hint)
-        return TemporaryError(code or "unknown error")
+        return _explain_answer(error, access, what)
     if isinstance(error, botocore.exceptions.SSLError):
         hint = "Put the CA's PEM text under AWS_CA_BUNDLE into the Secret, or ask for it in the operator's caBundle."
         return access.invalid(what, "its certificate is not trusted", hint)
@@ -88,6 +84,21 @@ def explain_s3_error(error: Exception, access: Access, what: str) -> Exception:
     if isinstance(error, botocore.exceptions.BotoCoreError | OSError):
         return TemporaryError(f"{type(error).__name__}: {str(error).splitlines()[0]}")
     return error
+
+
+def _explain_answer(error: botocore.exceptions.ClientError, access: Access, what: str) -> Exception:
+    code = str(error.response.get("Error", {}).get("Code", ""))
+    status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    # An answer to HEAD has no body, and so its status for a code.
+    said = f"HTTP {status}" if code.isdigit() or not code else code
+    if status in (401, 403) or code in _REFUSED:
+        return access.refused(what, said)
+    if status == 404 or code in _MISSING:
+        return access.not_found(what)
+    if status >= 500 or status in _TEMPORARY_STATUSES or not status:
+        return TemporaryError(said)
+    hint = f"Check {access.field}.{access.source_field}, and AWS_REGION and AWS_ENDPOINT_URL_S3 in the Secret."
+    return access.invalid(what, f"the server answered {said}", hint)
 
 
 class S3Store:

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from finetune_trainer.storage.location import Location
 
 TIMEOUT = httpx.Timeout(30.0, connect=10.0)
-_CHUNK = 1 << 20
 _TEMPORARY = {408, 425, 429, 500, 502, 503, 504}
 
 
@@ -68,7 +67,8 @@ def stream_url(
                 return
             raise_for_status(response, access, what)
             skip = start if response.status_code != 206 else 0
-            yield from _cut(response.iter_bytes(_CHUNK), skip, length)
+            # As they arrive: a chunk that is being collected would be lost with the connection.
+            yield from _cut(response.iter_raw(), skip, length)
     except httpx.InvalidURL as error:
         raise access.invalid(what, f"no valid URL: {error}", "Write https://HOST/PATH.") from error
     except httpx.HTTPError as error:

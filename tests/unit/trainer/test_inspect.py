@@ -1,0 +1,52 @@
+"""`inspect` reads headers, and nothing but headers."""
+
+from __future__ import annotations
+
+import pytest
+
+from finetune_contract.run_config import DatasetConfig, RunConfig, Source
+from tests.support.model_bytes import build_model, build_safetensors
+
+
+@pytest.fixture
+def settings(hub, instructions, tmp_path):
+    hub.add("models", "acme/tiny", build_model() | {"model.safetensors": build_safetensors({"w": (1000, 1000)})})
+    hub.add("datasets", "acme/rows", {"alpaca.json": (instructions / "alpaca.json").read_bytes()})
+    dataset = DatasetConfig((Source("hf://datasets/acme/rows"),))
+    return RunConfig(Source("hf://acme/tiny"), dataset, workspace=str(tmp_path / "not-mounted"))
+
+
+def test_sizes_parameters_and_revisions_are_reported(run_command, settings, hub, instructions, tmp_path):
+    outcome = run_command("inspect", settings=settings)
+    assert outcome.code == 0
+    details = outcome.details
+    assert details["model_parameters"] == 1_000_000
+    assert 4_000_000 < details["model_bytes"] < 4_001_000
+    assert details["model_type"] == "llama"
+    assert details["model_revision"] == hub.repositories["models/acme/tiny"].commits[-1][0]
+    assert details["dataset_bytes"] == (instructions / "alpaca.json").stat().st_size
+    assert details["dataset_revisions"] == [hub.repositories["datasets/acme/rows"].commits[-1][0]]
+    assert hub.bytes_sent < 2_000
+    assert not (tmp_path / "not-mounted").exists()
+
+
+def test_sources_on_the_workspace_are_not_seen_and_not_an_error(run_command, settings):
+    blind = RunConfig(Source("pvc://model"), DatasetConfig((Source("pvc://rows.json"),)), workspace=settings.workspace)
+    details = run_command("inspect", settings=blind).details
+    assert details["model_parameters"] is None
+    assert details["dataset_revisions"] == [""]
+
+
+def test_a_plain_folder_can_be_inspected(run_command, tmp_path, capsys):
+    for name, content in build_model().items():
+        (tmp_path / name).write_bytes(content)
+    assert run_command("inspect", "--model", str(tmp_path)).code == 0
+    assert '"model_parameters": 4160' in capsys.readouterr().out
+
+
+def test_a_gated_model_names_the_secret_field(run_command, settings, hub):
+    hub.add("models", "acme/tiny", build_model(), is_gated=True, token="t")
+    outcome = run_command("inspect", settings=settings)
+    assert (outcome.code, outcome.report["reason"]) == (77, "CredentialsRefused")
+    assert "gated" in outcome.report["message"]
+    assert "spec.model.secretRef" in outcome.report["hint"]

@@ -1,0 +1,105 @@
+"""`publish` to a folder and to a hub."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from finetune_contract.run_config import DatasetConfig, Destination, PromotionConfig, RunConfig, Source
+from finetune_trainer.storage import publish as publishing
+
+DIGEST = "0123abcd"
+FILES = {"config.json": b"{}", "model.safetensors": b"weights" * 1000}
+
+
+@pytest.fixture
+def settings(tmp_path):
+    folder = tmp_path / "workspace" / "output" / DIGEST
+    folder.mkdir(parents=True)
+    for name, content in FILES.items():
+        (folder / name).write_bytes(content)
+    return RunConfig(Source("hf://a/b"), DatasetConfig(()), workspace=str(tmp_path / "workspace"))
+
+
+def to(settings, *destinations):
+    listed = tuple(Destination(url, f"FINETUNE_DESTINATION_{n}_") for n, url in enumerate(destinations))
+    return RunConfig(
+        settings.model,
+        settings.dataset,
+        workspace=settings.workspace,
+        promotion=PromotionConfig(destinations=listed, digest=DIGEST),
+    )
+
+
+def test_a_copy_on_the_volume_is_whole_and_marked(run_command, settings, tmp_path):
+    outcome = run_command("publish", settings=to(settings, "pvc://exports/story"))
+    assert outcome.details == {"destinations": [f"pvc://exports/story/{DIGEST}"]}
+    copy = tmp_path / "workspace" / "exports" / "story" / DIGEST
+    assert {name: (copy / name).read_bytes() for name in FILES} == FILES
+    mark = json.loads((copy / "COMPLETE").read_text())
+    assert [entry["name"] for entry in mark["files"]] == sorted(FILES)
+
+
+def test_other_content_on_the_volume_is_never_overwritten(run_command, settings, tmp_path):
+    copy = tmp_path / "workspace" / "exports" / DIGEST
+    copy.mkdir(parents=True)
+    (copy / "config.json").write_text("somebody's own")
+    outcome = run_command("publish", settings=to(settings, "pvc://exports"))
+    assert (outcome.code, outcome.report["reason"]) == (78, "InvalidConfig")
+    assert (copy / "config.json").read_text() == "somebody's own"
+    assert not (copy / "COMPLETE").exists()
+
+
+def test_a_copy_damaged_on_its_way_is_not_kept(run_command, settings, tmp_path, monkeypatch):
+    real = publishing.hash_file
+    monkeypatch.setattr(publishing, "hash_file", lambda path: "bad" if path.name.endswith(".partial") else real(path))
+    outcome = run_command("publish", settings=to(settings, "pvc://exports"))
+    assert (outcome.code, outcome.report["reason"]) == (69, "DestinationUnavailable")
+    assert not [path for path in (tmp_path / "workspace" / "exports").rglob("*") if path.is_file()]
+
+
+def test_a_hub_gets_one_commit_tagged_with_the_digest(run_command, settings, hub, monkeypatch):
+    monkeypatch.setenv("FINETUNE_DESTINATION_0_HF_TOKEN", "hf_writer")
+    for _ in range(2):
+        outcome = run_command("publish", settings=to(settings, "hf://acme/tuned"))
+        assert outcome.details == {"destinations": [f"hf://acme/tuned/{DIGEST}"]}
+    repository = hub.repositories["models/acme/tuned"]
+    assert len(repository.commits) == 1
+    commit, files = repository.commits[0]
+    assert repository.tags == {DIGEST: commit}
+    assert {name: files[name] for name in FILES} == FILES
+    assert json.loads(files["COMPLETE"])["digest"] == DIGEST
+
+
+def test_a_tag_of_other_content_is_refused(run_command, settings, hub):
+    commit = hub.add("models", "acme/tuned", {"other.txt": b"x"})
+    hub.repositories["models/acme/tuned"].tags[DIGEST] = commit
+    outcome = run_command("publish", settings=to(settings, "hf://acme/tuned"))
+    assert (outcome.code, outcome.report["reason"]) == (78, "InvalidConfig")
+    assert len(hub.repositories["models/acme/tuned"].commits) == 1
+
+
+def test_a_hub_that_is_down_is_unavailable(run_command, settings, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    outcome = run_command("publish", settings=to(settings, "hf://acme/tuned"))
+    assert (outcome.code, outcome.report["reason"]) == (69, "DestinationUnavailable")
+
+
+def test_without_destinations_nothing_is_done(run_command, settings):
+    assert run_command("publish", settings=to(settings)).details == {"destinations": []}
+
+
+def test_a_missing_model_and_a_read_only_place_are_said(run_command, settings):
+    nothing = RunConfig(settings.model, settings.dataset, workspace=settings.workspace)
+    assert run_command("publish", settings=nothing).report["reason"] == "PromotionInvalid"
+    outcome = run_command("publish", settings=to(settings, "https://host/x"))
+    assert outcome.code == 78
+    assert "s3://, pvc:// or hf://" in outcome.report["hint"]
+
+
+def test_a_folder_is_published_without_a_job(run_command, settings, tmp_path):
+    source = tmp_path / "workspace" / "output" / DIGEST
+    outcome = run_command("publish", "--model", str(source), "--destination", str(tmp_path / "copies"))
+    assert outcome.code == 0
+    assert (tmp_path / "copies" / DIGEST / "COMPLETE").is_file()

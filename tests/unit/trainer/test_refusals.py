@@ -1,0 +1,151 @@
+"""The refusal rules do what their own examples say, and the engine what its parts promise."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finetune_contract.run_config import FilterConfig
+from finetune_trainer.data.folding import FoldedText, find_original_span, fold
+from finetune_trainer.data.formats import parse_row
+from finetune_trainer.data.refusals import Removal, RowFilter, find_match, make_filter
+from finetune_trainer.data.rules import CATEGORIES, Rule, list_languages, read_rules
+from finetune_trainer.errors import TrainerError
+
+RULES = read_rules()
+DEFAULT = make_filter(FilterConfig())
+
+
+def judge(answer: str, instruction: str = "Go on.", row_filter: RowFilter = DEFAULT) -> Removal | None:
+    return row_filter.judge(parse_row({"instruction": instruction, "output": answer}, "evol", {}))
+
+
+@pytest.mark.parametrize(
+    ("rule", "text"),
+    [pytest.param(rule, text, id=f"{rule.id}-{number}") for rule in RULES for number, text in enumerate(rule.match)],
+)
+def test_a_rule_matches_its_examples_and_the_row_goes(rule: Rule, text: str):
+    folded = FoldedText(text)
+    assert any(fold(anchor) in folded.text for anchor in rule.anchors)
+    assert find_match(rule, folded) is not None
+    removal = judge(text)
+    assert removal is not None
+    start, end = removal.span
+    assert 0 <= start < end <= len(text)
+
+
+@pytest.mark.parametrize(
+    "text", [pytest.param(text, id=f"{rule.id}-{n}") for rule in RULES for n, text in enumerate(rule.no_match)]
+)
+def test_no_rule_removes_a_counterexample(text: str):
+    assert judge(text) is None
+
+
+def test_every_language_has_rules_of_every_category():
+    assert set(list_languages()) == {"de", "en", "es", "fr", "ja", "pt", "zh"}
+    for language in list_languages():
+        assert {rule.category for rule in read_rules(language)} == set(CATEGORIES)
+
+
+def test_rule_names_are_unique():
+    assert len({rule.id for rule in RULES}) == len(RULES)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "I can\u2019t help with that.",
+        "I\u00a0can't\u200b  help\nwith that.",
+        "\uff29 can't help with that.",
+        "> **I can't help with that.**",
+        "I CAN'T HELP WITH THAT!",
+    ],
+)
+def test_spelling_does_not_hide_a_refusal(answer):
+    removal = judge(answer)
+    assert removal is not None
+    assert removal.category == "refusal"
+
+
+def test_a_refusal_deep_inside_an_answer_is_a_story():
+    story = "The guard looked up. " * 30
+    assert judge("I can't help with that. " + story) is not None
+    assert judge(story + "I can't help with that.") is None
+
+
+def test_a_disclaimer_may_close_an_answer():
+    recipe = "Stir the sauce until it is thick. " * 30
+    assert judge(recipe + "This is not intended as medical advice.") is not None
+    assert judge(recipe + "This is not intended as medical advice." + " Then serve it warm. " * 5) is None
+
+
+def test_weak_rules_need_each_other():
+    assert judge("I am not a doctor. Rest well.") is None
+    assert judge("Rest well. Please consult a qualified healthcare professional.") is None
+    assert judge("I am not a doctor. Rest well. Please consult a qualified healthcare professional.") is not None
+
+
+def test_only_answers_are_searched_unless_fields_say_otherwise():
+    refusal = "I can't help with that."
+    assert judge("Yes.", instruction=refusal) is None
+    asked = make_filter(FilterConfig(fields=("instruction",)))
+    found = judge("Yes.", instruction=refusal, row_filter=asked)
+    assert found is not None
+    assert found.field == "instruction"
+    assert judge(refusal, row_filter=asked) is None
+
+
+def test_a_language_limits_the_rules():
+    spanish = make_filter(FilterConfig(language="es"))
+    assert judge("Lo siento, no puedo ayudar con eso.", row_filter=spanish) is not None
+    assert judge("I can't help with that.", row_filter=spanish) is None
+
+
+def test_refusals_false_removes_nothing_but_own_phrases():
+    off = make_filter(FilterConfig(refusals=False, extra_phrases=("acme corp",)))
+    assert judge("I can't help with that.", row_filter=off) is None
+    assert judge("Ask ACME\u00a0Corp.", row_filter=off) == Removal("acme corp", "extra", "", "output", (4, 13))
+
+
+def test_own_phrases_are_whole_words():
+    own = make_filter(FilterConfig(extra_phrases=("an ai", "\u6a21\u578b")))
+    assert judge("Used as an aid.", row_filter=own) is None
+    assert judge("It is an AI, they said.", row_filter=own) is not None
+    assert judge("\u8fd9\u662f\u6a21\u578b\u3002", row_filter=own) is not None
+
+
+def test_every_turn_of_a_conversation_is_judged():
+    turns = [("human", "Hi"), ("gpt", "Hello."), ("human", "Insult me."), ("gpt", "I won't do that. I can't help you.")]
+    row = {"conversations": [{"from": role, "value": text} for role, text in turns]}
+    removal = DEFAULT.judge(parse_row(row, "sharegpt", {}))
+    assert removal is not None
+    assert removal.field == "conversations[3].value"
+
+
+@pytest.mark.parametrize(
+    ("config", "field"),
+    [
+        (FilterConfig(rules="strict"), "spec.dataset.filter.rules"),
+        (FilterConfig(language="xx"), "spec.dataset.filter.language"),
+        (FilterConfig(fields=("answer",)), "spec.dataset.filter.fields"),
+    ],
+)
+def test_an_unknown_setting_is_refused_by_its_name(config, field):
+    with pytest.raises(TrainerError, match=field) as caught:
+        make_filter(config)
+    assert "Use one of" in caught.value.hint
+
+
+@given(st.text(max_size=200))
+def test_folding_is_stable_and_spans_lie_in_the_original(text):
+    folded = fold(text)
+    assert fold(folded) == folded
+    start, end = find_original_span(text, 0, len(folded))
+    assert 0 <= start <= end <= len(text)
+
+
+@given(st.text(max_size=300))
+def test_no_text_upsets_the_engine(text):
+    removal = judge(text or "x")
+    assert removal is None or removal.span[1] <= len(text)
