@@ -1,12 +1,15 @@
 """The promises that every Dockerfile of images/ makes, read from its text; the cluster rung builds and runs them."""
 
 import re
+import shutil
+import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
+BUILDER = ROOT / "tests/cluster/images"
 NAMES = ["operator", "trainer", "inference"]
 LABELS = {"title", "description", "version", "revision", "source", "licenses"}
 
@@ -93,3 +96,40 @@ def test_uv_is_the_same_in_every_image_and_on_every_desk() -> None:
     versions = {re.search(r"^ARG UV_VERSION=(\S+)$", read_dockerfile(name), re.MULTILINE)[1] for name in NAMES}  # type: ignore[index]
     tool = (ROOT / "tests/cluster/images/venvs.py").read_text()
     assert versions == set(re.findall(r'^UV_VERSION = "(\S+)"$', tool, re.MULTILINE))
+
+
+@pytest.fixture
+def name_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
+    """Name an image of a copy of the checkout, which a test may change."""
+    monkeypatch.syspath_prepend(str(BUILDER))
+    import recipes
+
+    checkout = tmp_path / "checkout"
+    for folder in ("images", "operator/src"):
+        shutil.copytree(ROOT / folder, checkout / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(recipes, "ROOT", checkout)
+
+    def name(image: str) -> str:
+        return str(recipes.stage_recipe(image, tmp_path / "context" / image, {}).reference)
+
+    yield checkout, name
+    for module in ("recipes", "base", "common"):
+        sys.modules.pop(module, None)
+
+
+@pytest.mark.parametrize(
+    ("changed", "renamed"),
+    [
+        ("operator/src/finetune_operator/__init__.py", {"operator"}),
+        ("operator/src/finetune_trainer/__init__.py", {"trainer"}),
+        ("operator/src/finetune_contract/__init__.py", {"operator", "trainer"}),
+        ("images/trainer/torch.lock", {"trainer"}),
+        ("images/README.md", set()),
+    ],
+)
+def test_an_image_gets_a_new_name_exactly_when_something_in_it_changes(name_image, changed, renamed) -> None:  # type: ignore[no-untyped-def]
+    checkout, name = name_image
+    before = {image: name(image) for image in ("operator", "trainer")}
+    with (checkout / changed).open("a") as file:
+        file.write("# changed\n")
+    assert {image for image in before if name(image) != before[image]} == renamed
