@@ -117,6 +117,11 @@ class PlayedJob:
             self.kubelet.finish_phase(self.name, phase)
         return self
 
+    def prepare_after_inspect(self) -> PlayedJob:
+        """Play the one phase that is left before training."""
+        self.kubelet.finish_phase(self.name, "prepare")
+        return self
+
     def train(self, attempt: int = 1, count: int = 1) -> list[Json]:
         """Return the pods of an attempt, running."""
         pods = self.kubelet.wait_for_pods(self.name, "train", count, attempt)

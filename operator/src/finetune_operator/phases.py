@@ -67,7 +67,10 @@ def _describe_running(view: View, phase: Phase, job: Job) -> Situation:
     failed = choose_first_failed([pod for pod in pods if pod.is_over])
     if failed is None or any(pod.phase == "Running" for pod in pods):
         return running
-    failure = explain_pod(failed, view.now).failure
+    diagnosis = explain_pod(failed, view.now)
+    failure = diagnosis.failure
+    if not diagnosis.is_retried or diagnosis.is_storage_full:
+        return running
     return dataclasses.replace(
         running, reason=failure.reason, message=f"{phase} failed and is tried again: {failure.message}"
     )

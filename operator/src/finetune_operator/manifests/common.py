@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import urllib.parse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -195,8 +196,12 @@ def _threads(container: Container, pod: PodPlan) -> int:
 
 def _proxy_env(plan: Plan) -> dict[str, str]:
     proxies = plan.proxies
-    pairs = (("HTTP_PROXY", proxies.http_proxy), ("HTTPS_PROXY", proxies.https_proxy), ("NO_PROXY", proxies.no_proxy))
-    return {name: value for upper, value in pairs if value for name in (upper, upper.lower())}
+    values = {"HTTP_PROXY": proxies.http_proxy, "HTTPS_PROXY": proxies.https_proxy}
+    if any(values.values()):
+        # Ranks and the progress server are inside the cluster: a proxy outside cannot reach them.
+        inside = urllib.parse.urlsplit(plan.progress_url).hostname or ""
+        values["NO_PROXY"] = ",".join(each for each in (proxies.no_proxy, inside, plan.names.training_service) if each)
+    return {name: value for upper, value in values.items() if value for name in (upper, upper.lower())}
 
 
 def _build_volumes(plan: Plan, container: Container) -> list[dict[str, Any]]:

@@ -1,0 +1,189 @@
+"""Whole child objects against goldens in tests/data/manifests, and the promises that no golden may break."""
+
+from __future__ import annotations
+
+import pytest
+from finetune_contract.reports import Phase
+
+from finetune_operator.manifests.inference import build_endpoint
+from finetune_operator.manifests.memory import build_plan_map, build_record_map
+from finetune_operator.manifests.phases import build_phase
+from finetune_operator.manifests.training import build_attempt, build_disruption_budget, build_training_service
+from finetune_operator.manifests.workspace import build_workspace_claim
+
+from tests.support.operator_parts import make_record, make_settings, make_test_plan
+
+PHASES = (Phase.INSPECT, Phase.PREPARE, Phase.PROMOTE, Phase.EVALUATE, Phase.PUBLISH)
+RECORD = make_record(Phase.INSPECT, Phase.PREPARE, Phase.TRAIN, Phase.PROMOTE)
+ADMINISTRATORS = {
+    "proxies": {"httpsProxy": "http://proxy:3128", "noProxy": ".svc"},
+    "caBundle": "PEM",
+    "defaults": {"serviceAccountName": "trainer", "storageClassName": "fast"},
+}
+PRESETS = ("aks-a100", "aks-a100-spot", "gke-a100", "eks-a100")
+
+
+def full_plan():
+    """Return a plan that uses everything a manifest may hold."""
+    return make_test_plan(
+        make_settings(**ADMINISTRATORS, progress={"url": "https://progress:8443"}),
+        model={"source": "hf://org/base", "secretRef": {"name": "hub"}},
+        training={"tracking": {"wandb": {"secretRef": {"name": "wandb"}, "project": "support"}}},
+        resources={"nodes": 2, "gpusPerNode": 4, "cpu": "88", "memory": "800Gi", "sharedMemory": "64Gi"},
+        placement={"preset": "aks-a100", "zones": ["eastus-1"], "topologyKey": "rack", "queueName": "team-a"},
+        pod={"imagePullSecrets": [{"name": "registry"}], "labels": {"team": "a"}, "priorityClassName": "high"},
+        promotion={"destinations": [{"destination": "s3://bucket/out", "secretRef": {"name": "out"}}]},
+    )
+
+
+def cpu_plan():
+    return make_test_plan(resources={"gpusPerNode": 0, "cpu": "4", "processesPerNode": 2})
+
+
+def all_jobs(plan):
+    jobs = [build_phase(plan, phase, RECORD, "CA")[1] for phase in PHASES]
+    return [*jobs, build_attempt(plan, RECORD, 1, "CA")[1]]
+
+
+def all_pods(plan):
+    deployment = build_endpoint(plan, RECORD, "CA")[1]
+    return [each["spec"]["template"]["spec"] for each in (*all_jobs(plan), deployment)]
+
+
+def requirements(pod):
+    affinity = pod.get("affinity", {}).get("nodeAffinity", {}).get("requiredDuringSchedulingIgnoredDuringExecution", {})
+    return [each for term in affinity.get("nodeSelectorTerms", ()) for each in term["matchExpressions"]]
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_phase(phase, assert_golden):
+    assert_golden(f"{phase}-full", build_phase(full_plan(), phase, RECORD, "CA")[1])
+
+
+def test_training_on_gpus(assert_golden):
+    plan = full_plan()
+    assert_golden(
+        "training-full", *build_attempt(plan, RECORD, 1, "CA"), build_training_service(plan), build_disruption_budget(plan)
+    )
+
+
+def test_training_on_a_cpu(assert_golden):
+    assert_golden("training-cpu", *build_attempt(cpu_plan(), RECORD, 2, "CA"))
+
+
+def test_endpoint_on_gpus(assert_golden):
+    assert_golden("endpoint-full", *build_endpoint(full_plan(), RECORD, "CA"))
+
+
+def test_endpoint_on_a_cpu(assert_golden):
+    assert_golden("endpoint-cpu", *build_endpoint(cpu_plan(), RECORD, "CA"))
+
+
+def test_workspace(assert_golden):
+    kept = build_workspace_claim(full_plan(), "1Ti")
+    gone = make_test_plan(workspace={"retentionPolicy": {"whenDeleted": "Delete"}})
+    assert_golden("workspace", kept, build_workspace_claim(gone, "5Gi"))
+
+
+def test_memory(assert_golden):
+    assert_golden("memory", build_plan_map(cpu_plan(), "1"), build_record_map(cpu_plan(), RECORD))
+
+
+@pytest.mark.parametrize("plan", [full_plan(), cpu_plan()], ids=["full", "cpu"])
+def test_every_pod_fits_the_restricted_pod_security_standard(plan):
+    for pod in all_pods(plan):
+        security = pod["securityContext"]
+        assert (security["runAsNonRoot"], security["runAsUser"]) == (True, 65532)
+        assert security["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert pod["automountServiceAccountToken"] is False
+        for container in pod["containers"]:
+            own = container["securityContext"]
+            assert own["allowPrivilegeEscalation"] is False
+            assert own["capabilities"] == {"drop": ["ALL"]}
+            assert own["readOnlyRootFilesystem"] is True
+        allowed = {"configMap", "emptyDir", "projected", "persistentVolumeClaim"}
+        assert {kind for volume in pod["volumes"] for kind in volume if kind != "name"} <= allowed
+
+
+def test_no_user_secret_is_mounted_into_a_pod_that_does_not_need_it():
+    by_phase = {phase: build_phase(full_plan(), phase, RECORD, "CA")[1] for phase in PHASES}
+    used = {phase: {each["secretRef"]["name"] for each in _container(job)["envFrom"]} for phase, job in by_phase.items()}
+    assert used == {
+        Phase.INSPECT: {"hub"},
+        Phase.PREPARE: {"hub"},
+        Phase.PROMOTE: set(),
+        Phase.EVALUATE: {"hub"},
+        Phase.PUBLISH: {"out"},
+    }
+
+
+def _container(job):
+    return job["spec"]["template"]["spec"]["containers"][0]
+
+
+def test_every_job_waits_in_the_queue_and_without_one_none_does():
+    for job in all_jobs(full_plan()):
+        assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "team-a"
+        assert job["spec"]["suspend"] is True
+    for job in all_jobs(cpu_plan()):
+        assert "kueue.x-k8s.io/queue-name" not in job["metadata"]["labels"]
+        assert "suspend" not in job["spec"]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_only_pods_with_gpus_are_sent_to_the_gpu_pool(preset):
+    plan = make_test_plan(placement={"preset": preset, "zones": ["z1"]}, resources={"gpusPerNode": 4})
+    for job in all_jobs(plan):
+        pod = job["spec"]["template"]["spec"]
+        component = job["metadata"]["labels"]["finetune.dev/component"]
+        has_gpus = component in ("train", "evaluate")
+        keys = {each["key"] for each in requirements(pod)}
+        assert "topology.kubernetes.io/zone" in keys, "every pod mounts the volume, so every pod is in its zone"
+        assert (len(keys) > 1) == has_gpus
+        assert ("nvidia.com/gpu" in pod["containers"][0]["resources"]["limits"]) == has_gpus
+        assert any(each["key"] == "nvidia.com/gpu" for each in pod.get("tolerations", ())) == has_gpus
+
+
+def test_what_a_user_writes_about_nodes_is_joined_with_the_preset():
+    written = {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [
+        {"matchExpressions": [{"key": "pool", "operator": "In", "values": [pool]}]} for pool in ("a", "b")
+    ]}}}
+    plan = make_test_plan(placement={"preset": "eks-a100"}, pod={"affinity": written})
+    pod = build_attempt(plan, RECORD, 1, "CA")[1]["spec"]["template"]["spec"]
+    terms = pod["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"]
+    assert [[each["key"] for each in term["matchExpressions"]] for term in terms] == [
+        ["pool", "node.kubernetes.io/instance-type"],
+        ["pool", "node.kubernetes.io/instance-type"],
+    ]
+
+
+def test_training_refuses_voluntary_eviction_and_leaves_excluded_nodes_alone():
+    plan = cpu_plan()
+    record = make_record(Phase.INSPECT, Phase.PREPARE, excluded_nodes={"bad-node": "XidError"})
+    template = build_attempt(plan, record, 3, "CA")[1]["spec"]["template"]
+    assert template["metadata"]["annotations"]["cluster-autoscaler.kubernetes.io/safe-to-evict"] == "false"
+    assert requirements(template["spec"]) == [
+        {"key": "kubernetes.io/hostname", "operator": "NotIn", "values": ["bad-node"]}
+    ]
+    budget = build_disruption_budget(plan)["spec"]
+    labels = template["metadata"]["labels"]
+    assert budget["maxUnavailable"] == 0
+    assert budget["selector"]["matchLabels"].items() <= labels.items()
+
+
+def test_a_pod_without_gpus_says_so_to_torch_and_shares_its_cores():
+    names = {each["name"]: each["value"] for each in _container(build_attempt(cpu_plan(), RECORD, 1, "CA")[1])["env"]}
+    assert (names["CUDA_VISIBLE_DEVICES"], names["DS_ACCELERATOR"], names["OMP_NUM_THREADS"]) == ("", "cpu", "2")
+
+
+def test_inspect_reads_a_claim_only_when_a_source_lies_on_it():
+    plan = make_test_plan(model={"source": "pvc://models/base"}, workspace={"existingClaim": "shared"})
+    mounts = _container(build_phase(plan, Phase.INSPECT, make_record(), "CA")[1])["volumeMounts"]
+    (workspace,) = [each for each in mounts if each["name"] == "workspace"]
+    assert workspace == {"name": "workspace", "mountPath": "/workspace", "subPath": "support-7b", "readOnly": True}
+
+
+def test_users_environment_wins_over_ours():
+    plan = make_test_plan(pod={"env": [{"name": "OMP_NUM_THREADS", "value": "7"}]}, resources={"gpusPerNode": 0})
+    env = _container(build_attempt(plan, RECORD, 1, "CA")[1])["env"]
+    assert [each["value"] for each in env if each["name"] == "OMP_NUM_THREADS"] == ["7"]

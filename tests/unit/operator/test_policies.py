@@ -1,0 +1,296 @@
+"""The promises of the spec, one by one."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from finetune_contract.reports import Phase
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finetune_operator.api.v1alpha1 import FailureRule, Gate
+from finetune_operator.observed import Claim, PodCondition
+from finetune_operator.plan import FailurePlan
+from finetune_operator.policies.blockers import find_claim_blocker, find_job_blocker, find_pod_blocker
+from finetune_operator.policies.failure import choose_first_failed, explain_failure, explain_pod
+from finetune_operator.policies.promotion import find_failed_gate
+from finetune_operator.policies.restart import LONGEST_DELAY_SECONDS, delay_seconds, judge_failure
+from finetune_operator.policies.storage import find_storage_problem, list_contents, resolve_size
+from finetune_operator.sizing import choose_accumulation, needed_bytes, to_number
+
+from tests.support.operator_parts import (
+    NOW,
+    make_exit,
+    make_pod,
+    make_report,
+    make_test_plan,
+    make_training_job,
+    seconds,
+)
+
+PLAN = make_test_plan()
+JOB = make_training_job(PLAN, is_failed=True, ended_at=NOW + seconds(20), failure_message="Job has reached the limit")
+LLAMA_7B = {"model_parameters": 6_738_415_616, "model_bytes": 13_476_831_232, "dataset_bytes": 0}
+
+
+def make_policy(max_restarts=5, *rules) -> FailurePlan:
+    return FailurePlan(max_restarts, 0, tuple(FailureRule.model_validate(rule) for rule in rules))
+
+
+def make_failed(code=1, reason="RankFailed", message="boom", index=0, after=10.0, **fields):
+    report = make_report("train", code, reason, message)
+    return make_pod(JOB, index, phase="Failed", exit=make_exit(code, report=report, after=after), **fields)
+
+
+def disrupted(reason):
+    return {"DisruptionTarget": PodCondition("True", reason, "because")}
+
+
+def test_the_pod_that_failed_first_explains_the_attempt():
+    pods = [make_failed(index=1, message="connection closed by peer", after=12), make_failed(message="the cause", after=11)]
+    assert "the cause" in explain_failure(JOB, pods, NOW).failure.message
+
+
+def test_a_node_that_went_explains_the_ranks_that_failed_of_it():
+    pods = [make_failed(after=1), make_failed(137, index=1, after=30, conditions=disrupted("DeletionByTaintManager"))]
+    diagnosis = explain_failure(JOB, pods, NOW)
+    assert (diagnosis.failure.reason, diagnosis.is_counted) == ("NodeLost", False)
+
+
+def test_a_pod_that_was_asked_to_stop_explains_nothing_while_another_failed():
+    pods = [make_failed(75, "Suspended", after=1), make_failed(1, index=1, message="the cause", after=5)]
+    assert choose_first_failed(pods).index == 1
+
+
+@pytest.mark.parametrize(
+    ("reason", "expected"),
+    [
+        ("PreemptionByScheduler", "Preempted"),
+        ("EvictionByEvictionAPI", "Evicted"),
+        ("DeletionByPodGC", "NodeLost"),
+        ("TerminationByKubelet", "Evicted"),
+        ("SomethingNew", "Evicted"),
+    ],
+)
+def test_disruptions_are_named_and_not_counted(reason, expected):
+    diagnosis = explain_pod(make_failed(137, conditions=disrupted(reason)), NOW)
+    assert (diagnosis.failure.reason, diagnosis.is_counted, diagnosis.is_retried) == (expected, False, True)
+
+
+@pytest.mark.parametrize(
+    ("ended", "fields", "reason", "is_counted"),
+    [
+        (make_exit(137, "OOMKilled"), {}, "OutOfMemoryKilled", True),
+        (make_exit(137, "Error"), {}, "Killed", True),
+        (make_exit(137, "Error"), {"deleting_since": NOW}, "Interrupted", False),
+        (make_exit(75, "Error"), {}, "Interrupted", False),
+        (make_exit(1, "Error", "Traceback: KeyError"), {}, "UserCodeError", True),
+        (None, {"deleting_since": NOW}, "PodDeleted", False),
+        (None, {"reason": "Evicted", "message": "The node was low on resource: memory"}, "Evicted", False),
+    ],
+)
+def test_pods_without_a_report_are_explained_by_what_kubernetes_says(ended, fields, reason, is_counted):
+    diagnosis = explain_pod(make_pod(JOB, phase="Failed", exit=ended, **fields), NOW)
+    assert (diagnosis.failure.reason, diagnosis.is_counted) == (reason, is_counted)
+    assert diagnosis.failure.message.startswith("pod support-7b-train-1-0 on node node-0")
+
+
+def test_a_job_whose_pods_are_gone_was_interrupted():
+    diagnosis = explain_failure(JOB, [], NOW)
+    assert (diagnosis.failure.reason, diagnosis.is_counted) == ("PodDeleted", False)
+
+
+@pytest.mark.parametrize("code", [64, 65, 66, 70, 77, 78, 79])
+def test_exit_codes_that_would_only_repeat_are_final(code):
+    verdict = judge_failure(explain_pod(make_failed(code), NOW), make_policy(), 0)
+    assert verdict.gives_up
+    assert verdict.reason == "RankFailed"
+
+
+@pytest.mark.parametrize("code", [1, 69, 73, 80, 137])
+def test_other_exit_codes_are_tried_again(code):
+    assert not judge_failure(explain_pod(make_failed(code), NOW), make_policy(), 0).gives_up
+
+
+def test_only_counted_failures_use_up_the_restarts():
+    counted, free = explain_pod(make_failed(), NOW), explain_pod(make_failed(conditions=disrupted("DeletionByPodGC")), NOW)
+    assert judge_failure(counted, make_policy(2), 2).gives_up
+    assert not judge_failure(free, make_policy(0), 9).gives_up
+
+
+@pytest.mark.parametrize(
+    ("action", "gives_up", "is_counted", "excluded"),
+    [
+        ("RestartJob", False, True, ""),
+        ("RestartJobIgnoreLimit", False, False, ""),
+        ("FailJob", True, False, ""),
+        ("ExcludeNode", False, False, "node-0"),
+    ],
+)
+def test_a_rule_that_applies_decides(action, gives_up, is_counted, excluded):
+    rule = {"name": "mine", "onExitCodes": {"values": [79]}, "action": action}
+    verdict = judge_failure(explain_pod(make_failed(79), NOW), make_policy(5, rule), 0)
+    assert (verdict.gives_up, verdict.is_counted, verdict.excluded_node) == (gives_up, is_counted, excluded)
+
+
+@pytest.mark.parametrize(
+    ("rule", "applies"),
+    [
+        ({"onExitCodes": {"operator": "NotIn", "values": [2]}}, True),
+        ({"onExitCodes": {"values": [2]}}, False),
+        ({"onLogPattern": "Xid .* 79"}, True),
+        ({"onLogPattern": "Xid .* 13"}, False),
+        ({"onLogPattern": "(unclosed"}, False),
+        ({"onPodConditions": [{"type": "DisruptionTarget"}]}, True),
+        ({"onPodConditions": [{"type": "DisruptionTarget", "status": "False"}]}, False),
+    ],
+)
+def test_rules_match_codes_conditions_and_log_lines(rule, applies):
+    failed = make_failed(message="NVRM: Xid (PCI:0000:c1) 79", conditions=disrupted("DeletionByPodGC"))
+    verdict = judge_failure(explain_pod(failed, NOW), make_policy(5, {"name": "r", "action": "FailJob", **rule}), 0)
+    assert verdict.gives_up == applies
+
+
+@given(st.integers(min_value=0, max_value=10_000))
+def test_the_backoff_starts_at_nothing_never_shrinks_and_is_bounded(failures):
+    assert delay_seconds(0) == 0
+    assert delay_seconds(failures) <= delay_seconds(failures + 1) <= LONGEST_DELAY_SECONDS
+
+
+SCORES = {"scores": {"arc": {"acc_norm,none": 0.5}, "holdout": {"loss": 2.0}}, "baseline": {"holdout": {"loss": 1.5}}}
+
+
+@pytest.mark.parametrize(
+    ("gate", "reason"),
+    [
+        ({"task": "arc", "metric": "acc_norm", "min": 0.5}, None),
+        ({"task": "arc", "metric": "acc_norm", "min": 0.51}, "EvaluationBelowGate"),
+        ({"task": "holdout", "metric": "loss", "maxRegression": 0.5}, None),
+        ({"task": "holdout", "metric": "loss", "maxRegression": 0.4}, "EvaluationBelowGate"),
+        ({"task": "arc", "metric": "acc_norm", "maxRegression": 1}, "ScoreMissing"),
+        ({"task": "mmlu", "metric": "acc", "min": 0.1}, "ScoreMissing"),
+    ],
+)
+def test_gates_compare_with_a_number_or_with_the_base_model(gate, reason):
+    failed = find_failed_gate((Gate.model_validate(gate),), SCORES)
+    assert (failed[0] if failed else None) == reason
+
+
+def test_a_missing_score_names_those_that_there_are():
+    (_, message) = find_failed_gate((Gate.model_validate({"task": "mmlu", "metric": "acc", "min": 0.1}),), SCORES)
+    assert "arc.acc_norm,none, holdout.loss" in message
+
+
+def test_seven_billion_parameters_need_what_was_measured():
+    plan = make_test_plan(training={"recipe": "wizardlm-freeform"}, resources={"gpusPerNode": 4})
+    assert needed_bytes(list_contents(plan, LLAMA_7B)) == 4 * 14 * 6_738_415_616 + 2 * 13_476_831_232
+    assert find_storage_problem(dataclasses.replace(plan, workspace=make_test_plan(workspace={"size": "1Ti"}).workspace), LLAMA_7B, None) is None
+
+
+def test_lower_zero_stages_write_the_weights_twice():
+    three, two = (
+        needed_bytes(list_contents(make_test_plan(training={"deepspeed": {"zeroStage": stage}}), LLAMA_7B)) for stage in (3, 2)
+    )
+    assert two - three == 4 * 2 * 6_738_415_616
+
+
+def test_adapters_need_a_fraction():
+    plan = make_test_plan(training={"method": "lora"})
+    assert needed_bytes(list_contents(plan, LLAMA_7B)) < 32e9
+
+
+def test_a_size_that_is_too_small_is_refused_with_what_to_ask_for():
+    plan = make_test_plan(workspace={"size": "100Gi"})
+    reason, message = find_storage_problem(plan, LLAMA_7B, None)
+    assert reason == "WorkspaceTooSmall"
+    wanted = resolve_size(make_test_plan(), LLAMA_7B)
+    assert f"ask for {wanted}" in message
+    assert find_storage_problem(make_test_plan(workspace={"size": wanted}), LLAMA_7B, None) is None
+
+
+def test_a_claim_for_one_node_is_refused_for_two():
+    plan = make_test_plan(workspace={"existingClaim": "shared"}, resources={"nodes": 2})
+    claim = Claim("shared", phase="Bound", capacity_bytes=2**50, access_modes=("ReadWriteOnce",))
+    reason, message = find_storage_problem(plan, LLAMA_7B, claim)
+    assert reason == "AccessModeUnsuitable"
+    assert "ReadWriteMany" in message
+
+
+@given(
+    per_device=st.integers(1, 64),
+    max_length=st.integers(16, 8192),
+    tokens=st.integers(0, 10**9),
+    rows=st.integers(0, 10**6),
+    wanted=st.integers(1, 64),
+)
+def test_packing_never_asks_for_more_passes_than_padding(per_device, max_length, tokens, rows, wanted):
+    assert 1 <= choose_accumulation(per_device, max_length, tokens, rows, wanted) <= wanted
+
+
+@pytest.mark.parametrize(("text", "number"), [("1Gi", 2**30), ("500m", 0.5), ("1.5T", 1.5e12), (4, 4), ("2k", 2000)])
+def test_quantities_are_read_as_kubernetes_does(text, number):
+    assert to_number(text) == number
+
+
+@pytest.mark.parametrize("text", ["", "Gi", "1 Gi", "1gib", "-1"])
+def test_what_is_no_quantity_is_refused(text):
+    with pytest.raises(ValueError, match="not a quantity"):
+        to_number(text)
+
+
+def pending(**fields):
+    return make_pod(JOB, phase="Pending", **{"started_at": None, **fields})
+
+
+def test_an_image_and_a_secret_and_a_config_are_named():
+    for waiting, message, reason in (
+        ("ErrImagePull", "no such host", "ImagePullFailed"),
+        ("InvalidImageName", "bad", "ImagePullFailed"),
+        ("CreateContainerConfigError", 'secret "hub" not found', "SecretNotFound"),
+        ("CreateContainerConfigError", 'configmap "x" not found', "ContainerConfigInvalid"),
+        ("CreateContainerConfigError", "couldn't find key", "ContainerConfigInvalid"),
+        ("RunContainerError", "exec failed", "ContainerConfigInvalid"),
+    ):
+        blocker = find_pod_blocker(PLAN, [pending(waiting_reason=waiting, waiting_message=message)], {}, NOW)
+        assert (blocker.reason, blocker.is_stalled) == (reason, True)
+
+
+def test_a_pod_that_only_starts_is_not_in_anyones_way():
+    assert find_pod_blocker(PLAN, [pending(waiting_reason="ContainerCreating")], {}, NOW + seconds(600)) is None
+
+
+@pytest.mark.parametrize(("waited", "found", "is_stalled"), [(59, False, False), (60, True, False), (600, True, True)])
+def test_a_pod_that_fits_nowhere_is_said_after_a_minute_and_calls_for_help_after_ten(waited, found, is_stalled):
+    pod = pending(node="", conditions={"PodScheduled": PodCondition("False", "Unschedulable", "0/1 nodes", NOW)})
+    blocker = find_pod_blocker(PLAN, [pod], {}, NOW + seconds(waited))
+    assert (blocker is not None) == found
+    if blocker is not None:
+        assert (blocker.is_scheduling, blocker.is_stalled) == (True, is_stalled)
+
+
+def test_a_volume_that_cannot_be_mounted_is_quoted_after_a_minute():
+    pod = pending(waiting_reason="ContainerCreating")
+    warnings = {pod.uid: "FailedMount: timed out"}
+    assert find_pod_blocker(PLAN, [pod], warnings, NOW + seconds(30)) is None
+    assert find_pod_blocker(PLAN, [pod], warnings, NOW + seconds(61)).reason == "VolumeNotMounted"
+
+
+def test_a_job_that_may_make_no_pods_is_quoted():
+    assert find_job_blocker("", "x") is None
+    assert find_job_blocker("exceeded quota: gpus", "x").message == "Job x cannot make pods: exceeded quota: gpus"
+
+
+def test_a_claim_is_blocked_by_its_class_or_its_warning_and_not_by_waiting_for_a_pod():
+    claim = Claim("c", storage_class="fast")
+    assert find_claim_blocker(PLAN, claim, False, "") is None
+    assert find_claim_blocker(PLAN, claim, True, "").reason == "StorageClassNotFound"
+    assert find_claim_blocker(PLAN, claim, False, "no disks left").message.endswith("no disks left")
+    assert find_claim_blocker(PLAN, dataclasses.replace(claim, phase="Bound"), True, "old warning") is None
+    assert find_claim_blocker(PLAN, dataclasses.replace(claim, phase="Lost"), False, "").reason == "ClaimLost"
+
+
+def test_every_phase_has_a_place_in_the_failure_conditions():
+    from finetune_operator.status import _PHASE_CONDITIONS
+
+    assert set(_PHASE_CONDITIONS) == set(Phase)
