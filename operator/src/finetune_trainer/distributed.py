@@ -7,10 +7,12 @@ accelerator. Outside a process group every function acts for one rank alone.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, TYPE_CHECKING
 
 from finetune_trainer.errors import TrainerError, as_trainer_error
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 T = TypeVar("T")
 

@@ -19,12 +19,12 @@ from finetune_trainer.model_files import ModelFacts, choose_model_files, read_mo
 from finetune_trainer.reporting import emit, write_json
 from finetune_trainer.storage import Access, Listing, RemoteFile, Store, open_store
 from finetune_trainer.storage.base import read_bytes
+from finetune_trainer.storage.local import LocalStore
 from finetune_trainer.storage.retry import call_with_retries
-from finetune_trainer.storage.transfer import download_files, list_with_retries
+from finetune_trainer.storage.transfer import download_files, hash_file, list_with_retries
+import pathlib
 
 if TYPE_CHECKING:
-    import pathlib
-
     from finetune_contract.run_config import DatasetConfig, RunConfig, Source
     from finetune_contract.workspace import Workspace
 
@@ -104,7 +104,7 @@ class BaseModel:
             return 0
         return sum(max(file.size, 0) for file in self._open_remote().list_files())
 
-    def download_small_files(self, advance: Advance) -> None:
+    def download_small_files(self) -> None:
         """Fetch configuration and tokenizer, so that the data can be counted before the weights arrive."""
         if self.manifest is None:
             self._clear_other_model()
@@ -211,11 +211,23 @@ class RemoteRows:
         """Size of the files, as far as it is known."""
         return sum(max(file.size, 0) for file in self.files)
 
+    @property
+    def is_local(self) -> bool:
+        """Whether the files can be read where they are."""
+        return isinstance(self.store, LocalStore)
+
+    def describe_in_place(self) -> SourceRows:
+        """Return the files of this machine where they are; nothing is copied."""
+        paths = [(pathlib.Path(file.key), file.name) for file in self.files]
+        return self._to_rows([SourceFile(path, name, hash_file(path)) for path, name in paths])
+
     def download(self, folder: pathlib.Path, advance: Advance) -> SourceRows:
         """Fetch the files."""
         digests = download_files(self.store, self.files, folder, self.access, advance)
-        files = tuple(SourceFile(folder / file.name, file.name, digests[file.name]) for file in self.files)
-        return SourceRows(self.access.field, files, self.source.format, self.source.weight)
+        return self._to_rows([SourceFile(folder / file.name, file.name, digests[file.name]) for file in self.files])
+
+    def _to_rows(self, files: Sequence[SourceFile]) -> SourceRows:
+        return SourceRows(self.access.field, tuple(files), self.source.format, self.source.weight)
 
 
 def list_remote_rows(dataset: DatasetConfig, root: pathlib.Path, index: int) -> RemoteRows:

@@ -193,7 +193,9 @@ def test_allowed_bad_rows_are_left_out_and_listed(run_command, tmp_path):
         (json.dumps([REFUSAL] * 3), "DatasetEmptyAfterFilter", 65, "3 of 3 (refusal 3)", "spec.dataset.filter"),
     ],
 )
-def test_bad_data_ends_with_a_reason_a_place_and_what_to_do(run_command, tmp_path, content, reason, code, said, field):
+def test_bad_data_ends_with_a_reason_a_place_and_what_to_do(
+    run_command, tmp_path, *, content, reason, code, said, field
+):
     source = tmp_path / "rows.json"
     source.write_text(content)
     outcome = run_command("prepare", "--source", str(source), "--out", str(tmp_path / "out"))

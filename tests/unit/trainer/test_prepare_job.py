@@ -159,7 +159,7 @@ def test_bad_data_is_found_before_the_weights_are_fetched(run_command, settings,
         ({"dataset": DatasetConfig((Source("pvc://raw/none.json"),))}, 66, "DatasetNotFound", "pvc://raw/none.json"),
     ],
 )
-def test_what_is_missing_is_named_by_its_field(run_command, settings, change, code, reason, said):
+def test_what_is_missing_is_named_by_its_field(run_command, settings, *, change, code, reason, said):
     outcome = run_command("prepare", settings=dataclasses.replace(settings, **change))
     assert (outcome.code, outcome.report["reason"]) == (code, reason)
     assert said in outcome.text

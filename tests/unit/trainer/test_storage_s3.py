@@ -125,7 +125,7 @@ def test_an_object_that_changed_since_the_plan_is_refused(s3, bucket, tmp_path):
     ],
 )
 def test_wrong_credentials_and_endpoints_name_the_secret(
-    s3, bucket, tmp_path, monkeypatch, variables, code, reason, said
+    s3, bucket, tmp_path, monkeypatch, *, variables, code, reason, said
 ):
     put(s3, bucket, "rows.jsonl", b"{}")
     for name, value in variables.items():
@@ -271,7 +271,7 @@ def test_a_destination_that_is_down_is_unavailable(destination, promoted, monkey
     assert (caught.value.reason, caught.value.exit_code) == ("DestinationUnavailable", 69)
 
 
-def test_a_job_runs_from_s3_to_s3(run_command, s3, destination, bucket, instructions, tmp_path):
+def test_a_job_runs_from_s3_to_s3(run_command, s3, bucket, *, destination, instructions, tmp_path):
     for name, content in build_model().items():
         put(s3, bucket, f"model/{name}", content)
     put(s3, bucket, "rows.json", (instructions / "alpaca.json").read_bytes())

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from finetune_contract.workspace import Workspace
     from finetune_trainer.data.report import Counts
 
-_DOWNLOAD_PERCENT = 80.0
-"""Share of the phase's progress that downloads are; the rest is filtering."""
+_ROWS_PERCENT = 20.0
+"""Share of the phase's progress that the data is, which comes first; the rest is the model's download."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,11 +81,8 @@ def _run_plain(args: argparse.Namespace) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     remote = list_remote_rows(dataset, pathlib.Path(), 0)
     downloads = args.out / ".downloads"
-    if "://" in args.source:
-        with ProgressBar("downloading", remote.num_bytes, "B") as bar:
-            rows = remote.download(downloads, bar.advance)
-    else:
-        rows = _describe_local(remote.access.field, args)
+    with ProgressBar("reading", remote.num_bytes, "B") as bar:
+        rows = remote.describe_in_place() if remote.is_local else remote.download(downloads, bar.advance)
     with ProgressBar("filtering", None) as bar:
         steps = _RowSteps(bar)
         counter = TokenCounter(args.tokenizer, dataset.prompt_template)
@@ -126,20 +123,6 @@ def _read_phrases(path: pathlib.Path) -> tuple[str, ...]:
         ) from error
 
 
-def _describe_local(field: str, args: argparse.Namespace) -> Any:
-    """Return the rows of a plain path where they are; nothing is copied."""
-    from finetune_trainer.data.prepare import SourceFile, SourceRows
-    from finetune_trainer.fetch import choose_data_files, dataset_access
-    from finetune_trainer.storage import open_store
-    from finetune_trainer.storage.transfer import hash_file
-
-    access = dataset_access(_build_dataset(args), 0)
-    listing = open_store(args.source, "", access, pathlib.Path()).list_files()
-    files = choose_data_files(listing.files, access)
-    described = [SourceFile(pathlib.Path(file.key), file.name, hash_file(pathlib.Path(file.key))) for file in files]
-    return SourceRows(field, tuple(described), args.format)
-
-
 class _RowSteps:
     """Turns the counts of a preparation into a bar and progress posts."""
 
@@ -152,9 +135,8 @@ class _RowSteps:
         self._bar.advance(counts.read - self._seen, removed=counts.removed)
         self._seen = counts.read
         if self._reporter is not None:
-            percentage = _DOWNLOAD_PERCENT + (100 - _DOWNLOAD_PERCENT) * share
             metrics = {Metric.ROWS_READ: float(counts.read), Metric.ROWS_REMOVED: float(counts.removed)}
-            self._reporter.update(percentage, {str(name): value for name, value in metrics.items()})
+            self._reporter.update(_ROWS_PERCENT * share, {str(name): value for name, value in metrics.items()})
 
 
 def _print_summary(manifest: dict[str, Any]) -> None:
@@ -186,7 +168,7 @@ def _prepare_workspace(settings: RunConfig, workspace: Workspace, reporter: Prog
 
     model = BaseModel(settings, workspace)
     reused = model.manifest is not None
-    model.download_small_files(lambda _: None)
+    model.download_small_files()
     data = _prepare_dataset(settings, workspace, reporter)
     with ProgressBar("downloading the model", model.num_bytes, "B") as bar:
         total, done = max(model.num_bytes, 1), 0
@@ -195,7 +177,7 @@ def _prepare_workspace(settings: RunConfig, workspace: Workspace, reporter: Prog
             nonlocal done
             done += amount
             bar.advance(amount)
-            reporter.update(_DOWNLOAD_PERCENT * min(done / total, 1))
+            reporter.update(_ROWS_PERCENT + (100 - _ROWS_PERCENT) * min(done / total, 1))
 
         manifest = model.download_rest(advance)
     emit("the model is in place", reused=reused, revision=manifest["resolvedRevision"], digest=manifest["digest"])
@@ -233,7 +215,9 @@ def _prepare_dataset(settings: RunConfig, workspace: Workspace, reporter: Progre
     remotes = [list_remote_rows(dataset, workspace.root, index) for index in range(len(dataset.sources))]
     with ProgressBar("downloading the data", sum(remote.num_bytes for remote in remotes), "B") as bar:
         sources = [
-            remote.download(downloads / _folder_name(remote.source, index), bar.advance)
+            remote.describe_in_place()
+            if remote.is_local
+            else remote.download(downloads / _folder_name(remote.source, index), bar.advance)
             for index, remote in enumerate(remotes)
         ]
     digest = make_digest(sources, dataset)

@@ -99,6 +99,8 @@ def download_file(
             digest = _verify(file, partial, access)
         except TemporaryError as error:
             attempts.wait_after(error)
+            # Nothing more is done; this lets the caller end the download while the server is down.
+            advance(0)
             continue
         partial.replace(path)
         return digest
