@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import pathlib
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +23,6 @@ from finetune_trainer.storage.base import read_bytes
 from finetune_trainer.storage.local import LocalStore
 from finetune_trainer.storage.retry import call_with_retries
 from finetune_trainer.storage.transfer import download_files, hash_file, list_with_retries
-import pathlib
 
 if TYPE_CHECKING:
     from finetune_contract.run_config import DatasetConfig, RunConfig, Source
