@@ -39,7 +39,9 @@ def test_an_image_that_cannot_be_pulled_is_named(job, kubelet):
 def test_pods_that_fit_nowhere_say_why_within_the_grace(job, kubelet):
     job.apply().prepare()
     (pod,) = kubelet.wait_for_pods("faulty", "train")
-    kubelet.mark(pod, "PodScheduled", "False", "Unschedulable", "0/3 nodes are available: 3 Insufficient nvidia.com/gpu")
+    kubelet.mark(
+        pod, "PodScheduled", "False", "Unschedulable", "0/3 nodes are available: 3 Insufficient nvidia.com/gpu"
+    )
     scheduled = job.wait_for_condition("Scheduled", "False", "Unschedulable", within=15)
     assert "3 Insufficient nvidia.com/gpu" in scheduled["message"]
     # A cluster autoscaler may still bring a node: no human is called yet.
@@ -59,7 +61,9 @@ def test_a_quota_that_refuses_pods_is_quoted(job, kubelet):
     quota = {"metadata": {"name": "none"}, "spec": {"hard": {"pods": "0"}}}
     kubelet.rest.request("POST", f"/api/v1/namespaces/{job.namespace}/resourcequotas", quota)
     eventually(
-        lambda: kubelet.rest.get(f"/api/v1/namespaces/{job.namespace}/resourcequotas/none").get("status", {}).get("hard"),
+        lambda: (
+            kubelet.rest.get(f"/api/v1/namespaces/{job.namespace}/resourcequotas/none").get("status", {}).get("hard")
+        ),
         within=15,
     )
     job.apply()
@@ -120,7 +124,11 @@ def test_what_inspect_cannot_find_fails_the_job_until_the_url_is_mended(job, kub
     job.wait_for_event(reason)
     job.patch(model={"source": "s3://tests/models/other"})
     fresh = eventually(
-        lambda: [each for each in kubelet.wait_for_pods("faulty", "inspect") if each["metadata"]["name"] != pod["metadata"]["name"]],
+        lambda: [
+            each
+            for each in kubelet.wait_for_pods("faulty", "inspect")
+            if each["metadata"]["name"] != pod["metadata"]["name"]
+        ],
         within=20,
         otherwise=job.describe,
     )

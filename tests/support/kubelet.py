@@ -45,7 +45,13 @@ DETAILS: dict[str, dict[str, Any]] = {
         "latest_complete": 100,
         "best": None,
     },
-    "promote": {"digest": "abc123", "path": "output/abc123", "checkpoint_step": 100, "parameters": 4_000_000, "bytes": 1},
+    "promote": {
+        "digest": "abc123",
+        "path": "output/abc123",
+        "checkpoint_step": 100,
+        "parameters": 4_000_000,
+        "bytes": 1,
+    },
     "evaluate": {
         "scores": {"holdout": {"loss": 2.0, "perplexity": 7.4, "unigram_entropy": 6.1}},
         "baseline": {"holdout": {"loss": 8.0, "perplexity": 2980.0, "unigram_entropy": 6.1}},
@@ -75,7 +81,9 @@ class Kubelet:
         pods = self.rest.items(f"{self._path('pods')}?labelSelector={selector}")
         return sorted(pods, key=lambda pod: (pod["metadata"]["creationTimestamp"], pod["metadata"]["name"]))
 
-    def wait_for_pods(self, job: str, component: str, count: int = 1, attempt: int = 0, within: float = 30) -> list[Json]:
+    def wait_for_pods(
+        self, job: str, component: str, count: int = 1, attempt: int = 0, within: float = 30
+    ) -> list[Json]:
         """Return that many pods of a phase that have not ended yet."""
 
         def look() -> list[Json] | None:
@@ -88,7 +96,9 @@ class Kubelet:
             ]
             return found if len(found) >= count else None
 
-        return eventually(look, within=within, every=0.1, otherwise=lambda: f"{count} {component} pods: {self.describe(job)}")
+        return eventually(
+            look, within=within, every=0.1, otherwise=lambda: f"{count} {component} pods: {self.describe(job)}"
+        )
 
     def describe(self, job: str) -> str:
         """Say what there is, for the reader of a failed test."""
@@ -99,7 +109,9 @@ class Kubelet:
     def run(self, pod: Json, node: str = "node-a") -> None:
         """The pod runs on a node."""
         self.place(pod, node)
-        self._write(pod, {"phase": "Running", "startTime": now_text()}, {"running": {"startedAt": now_text()}}, ready=True)
+        self._write(
+            pod, {"phase": "Running", "startTime": now_text()}, {"running": {"startedAt": now_text()}}, ready=True
+        )
 
     def place(self, pod: Json, node: str) -> None:
         """Bind the pod to a node, as the scheduler does."""
@@ -176,7 +188,9 @@ class Kubelet:
         """The kubelet lets go of a pod that was being deleted."""
         path = self._path("pods", pod["metadata"]["name"])
         try:
-            self.rest.request("DELETE", path, {"gracePeriodSeconds": 0, "preconditions": {"uid": pod["metadata"]["uid"]}})
+            self.rest.request(
+                "DELETE", path, {"gracePeriodSeconds": 0, "preconditions": {"uid": pod["metadata"]["uid"]}}
+            )
         except RestError as error:
             if error.code not in (404, 409):
                 raise

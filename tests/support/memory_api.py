@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Any
 
 from finetune_operator.errors import ConflictError
-
 from tests.support.kubelet import DETAILS
 
 Json = dict[str, Any]
@@ -57,7 +56,8 @@ class MemoryApi:
         self.writes += 1
         if self.kill_at == (self.writes, "before"):
             raise OperatorKilledError
-        result = self._write(method, plural, name, subresource, _copy(body), query or {}, content_type)
+        target = (plural, name, subresource)
+        result = self._write(method, target, _copy(body), content_type)
         if self.kill_at == (self.writes, "after"):
             raise OperatorKilledError
         return result
@@ -73,9 +73,8 @@ class MemoryApi:
         ]
         return {"items": items}
 
-    def _write(
-        self, method: str, plural: str, name: str | None, subresource: str | None, body: Json, query: Json, kind: str
-    ) -> Json | None:
+    def _write(self, method: str, target: tuple[str, str | None, str | None], body: Json, kind: str) -> Json | None:
+        plural, name, subresource = target
         if method == "POST":
             return self._post(plural, body)
         assert name is not None

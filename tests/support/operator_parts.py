@@ -7,13 +7,11 @@ import datetime
 from typing import Any
 
 from finetune_contract.reports import ExitReport, Phase
-
 from finetune_operator.api.v1alpha1 import FineTuneJob, parse_job
 from finetune_operator.observed import Claim, Exit, Job, Observed, Pod
 from finetune_operator.plan import Plan, freeze, make_plan
 from finetune_operator.record import Attempt, Record, to_text
 from finetune_operator.settings import Settings
-
 from tests.support.kubelet import DETAILS
 
 UID = "job-uid"
@@ -122,7 +120,9 @@ def make_pod(job: Job, index: int = 0, **fields: Any) -> Pod:
     return Pod(f"{job.name}-{index}", **{**base, **fields})
 
 
-def make_exit(code: int = 0, reason: str = "", message: str = "", report: ExitReport | None = None, after: float = 10) -> Exit:
+def make_exit(
+    code: int = 0, reason: str = "", message: str = "", report: ExitReport | None = None, after: float = 10
+) -> Exit:
     """Return how a container ended, so many seconds after NOW."""
     return Exit(code, reason or ("Error" if code else "Completed"), message, report, NOW + seconds(after))
 

@@ -81,7 +81,8 @@ class Verifier:
             raise DeniedError(401, "Unauthorized", "send the pod's token as Authorization: Bearer")
         digest = hashlib.sha256(token.encode()).hexdigest()
         known = self._cache.get(digest)
-        if known is not None and known[0] > self._clock():
+        # A token is good for its own namespace only, however often it was good there.
+        if known is not None and known[0] > self._clock() and known[1].namespace == namespace:
             return known[1]
         poster = await self._ask(token.strip(), namespace)
         if len(self._cache) >= CACHE_ENTRIES:

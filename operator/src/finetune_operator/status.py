@@ -113,8 +113,9 @@ def _summary(plan: Plan, observed: Observed, step: Step) -> Wanted:
     reason, message = situation.reason, redact(situation.message)
     ended_well = terminal is not None and terminal.result == "Succeeded"
     is_ready = ended_well and (not plan.serving.is_enabled or _is_serving(plan, observed))
+    is_stalled = situation.is_stalled and not is_ready
     is_waiting = situation.state == "Suspended"
-    is_moving = not (is_ready or situation.is_stalled or is_waiting or (ended_well and situation.condition == ""))
+    is_moving = not (is_ready or is_stalled or is_waiting or (ended_well and situation.condition == ""))
     if terminal is None:
         succeeded = _condition("Unknown", Reason.IN_PROGRESS, message)
         finished = _condition("False", Reason.IN_PROGRESS, message)
@@ -122,11 +123,11 @@ def _summary(plan: Plan, observed: Observed, step: Step) -> Wanted:
         succeeded = _condition(str(ended_well), terminal.reason, redact(terminal.message))
         finished = _condition("True", terminal.reason, redact(terminal.message))
     is_failed = terminal is not None and not ended_well
-    not_ready = "False" if situation.is_stalled or is_failed else "Unknown"
+    not_ready = "False" if is_stalled or is_failed else "Unknown"
     return {
         Type.READY: ("True" if is_ready else not_ready, reason, message),
         Type.RECONCILING: (str(is_moving), reason, message if is_moving else ""),
-        Type.STALLED: (str(situation.is_stalled), reason, message if situation.is_stalled else ""),
+        Type.STALLED: (str(is_stalled), reason, message if is_stalled else ""),
         Type.SUCCEEDED: succeeded,
         Type.FINISHED: finished,
     }

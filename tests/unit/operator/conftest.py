@@ -24,6 +24,8 @@ def assert_golden(request):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
         wanted = list(yaml.safe_load_all(path.read_text())) if path.exists() else []
-        assert list(yaml.safe_load_all(text)) == wanted, f"{path.name} differs: pytest --update-test-data, and read the diff"
+        assert list(yaml.safe_load_all(text)) == wanted, (
+            f"{path.name} differs: pytest --update-test-data, and read the diff"
+        )
 
     return check

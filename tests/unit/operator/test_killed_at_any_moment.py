@@ -15,7 +15,6 @@ from finetune_operator.cluster import Cluster
 from finetune_operator.errors import ConflictError
 from finetune_operator.progress import ProgressStore
 from finetune_operator.reconcile import Reconciler
-
 from tests.support.memory_api import MemoryApi, OperatorKilledError
 from tests.support.operator_parts import make_body, make_settings
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from finetune_contract.reports import Metric, Phase, ProgressReport
 
+from finetune_contract.reports import Metric, Phase, ProgressReport
 from finetune_operator.lifecycle import next_step
 from finetune_operator.observed import Claim, Endpoint, Observed, PodCondition, Progress
 from finetune_operator.record import Failure, Record, Terminal, to_text
 from finetune_operator.steps import Apply, Create, Finish, Remove, SetFinalizer, Wait, WriteRecord
-
 from tests.support.operator_parts import (
     NOW,
     UID,
@@ -50,7 +49,9 @@ def make_training_world(plan, *pods, job=None, record=None, **fields):
 def end_attempt(plan, report_code=1, reason="RankFailed", spec_record=None, **fields):
     """Return the step after the one pod of attempt 1 failed."""
     job = make_training_job(plan, is_failed=True, ended_at=NOW + seconds(10))
-    ended = make_exit(report_code, report=make_report("train", report_code, reason, "boom", details=fields.pop("details", {})))
+    ended = make_exit(
+        report_code, report=make_report("train", report_code, reason, "boom", details=fields.pop("details", {}))
+    )
     pod = make_pod(job, phase="Failed", exit=ended, **fields)
     return look(plan, make_training_world(plan, pod, job=job, record=spec_record))
 
@@ -379,7 +380,9 @@ def test_a_finished_job_whose_workspace_is_to_go_removes_it():
 def test_a_failed_job_rests_until_its_spec_changes():
     plan = make_test_plan()
     job = make_batch_job(plan, "prepare", is_failed=True)
-    record = make_record(Phase.INSPECT, terminal=Terminal("Failed", "DatasetEmpty", "m", to_text(NOW), "prepare", plan.digest))
+    record = make_record(
+        Phase.INSPECT, terminal=Terminal("Failed", "DatasetEmpty", "m", to_text(NOW), "prepare", plan.digest)
+    )
     world = make_observed(plan, record, jobs=(job,))
     assert isinstance(look(plan, world), Finish)
     changed = dataclasses.replace(plan, digest="changed")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from finetune_contract.reports import Phase
 
+from finetune_contract.reports import Phase
 from finetune_operator.manifests.inference import build_endpoint
 from finetune_operator.manifests.memory import build_plan_map, build_record_map
 from finetune_operator.manifests.phases import build_phase
 from finetune_operator.manifests.training import build_attempt, build_disruption_budget, build_training_service
 from finetune_operator.manifests.workspace import build_workspace_claim
-
 from tests.support.operator_parts import make_record, make_settings, make_test_plan
 
 PHASES = (Phase.INSPECT, Phase.PREPARE, Phase.PROMOTE, Phase.EVALUATE, Phase.PUBLISH)
@@ -63,7 +62,10 @@ def test_phase(phase, assert_golden):
 def test_training_on_gpus(assert_golden):
     plan = full_plan()
     assert_golden(
-        "training-full", *build_attempt(plan, RECORD, 1, "CA"), build_training_service(plan), build_disruption_budget(plan)
+        "training-full",
+        *build_attempt(plan, RECORD, 1, "CA"),
+        build_training_service(plan),
+        build_disruption_budget(plan),
     )
 
 
@@ -107,7 +109,9 @@ def test_every_pod_fits_the_restricted_pod_security_standard(plan):
 
 def test_no_user_secret_is_mounted_into_a_pod_that_does_not_need_it():
     by_phase = {phase: build_phase(full_plan(), phase, RECORD, "CA")[1] for phase in PHASES}
-    used = {phase: {each["secretRef"]["name"] for each in _container(job)["envFrom"]} for phase, job in by_phase.items()}
+    used = {
+        phase: {each["secretRef"]["name"] for each in _container(job)["envFrom"]} for phase, job in by_phase.items()
+    }
     assert used == {
         Phase.INSPECT: {"hub"},
         Phase.PREPARE: {"hub"},
@@ -145,9 +149,15 @@ def test_only_pods_with_gpus_are_sent_to_the_gpu_pool(preset):
 
 
 def test_what_a_user_writes_about_nodes_is_joined_with_the_preset():
-    written = {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [
-        {"matchExpressions": [{"key": "pool", "operator": "In", "values": [pool]}]} for pool in ("a", "b")
-    ]}}}
+    written = {
+        "nodeAffinity": {
+            "requiredDuringSchedulingIgnoredDuringExecution": {
+                "nodeSelectorTerms": [
+                    {"matchExpressions": [{"key": "pool", "operator": "In", "values": [pool]}]} for pool in ("a", "b")
+                ]
+            }
+        }
+    }
     plan = make_test_plan(placement={"preset": "eks-a100"}, pod={"affinity": written})
     pod = build_attempt(plan, RECORD, 1, "CA")[1]["spec"]["template"]["spec"]
     terms = pod["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"]

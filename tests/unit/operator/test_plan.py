@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+
 from finetune_contract.reports import Phase
 from finetune_contract.run_config import RunConfig
-
 from finetune_operator.errors import InvalidJobError
 from finetune_operator.manifests.run_config import build_run_config, count_global_batch
 from finetune_operator.plan import freeze, make_plan
-
 from tests.support.operator_parts import make_fine_tune_job, make_record, make_settings, make_test_plan
 
 
@@ -141,7 +140,9 @@ def test_secrets_are_read_by_the_phases_that_need_them_under_the_prefix_of_their
         promotion={"destinations": [{"destination": "s3://out/x", "secretRef": {"name": "out"}}]},
         training={"tracking": {"wandb": {"secretRef": {"name": "wandb"}}}},
     )
-    prefixes = {phase: [(each.get("prefix"), each["secretRef"]["name"]) for each in plan.env_from[phase]] for phase in Phase}
+    prefixes = {
+        phase: [(each.get("prefix"), each["secretRef"]["name"]) for each in plan.env_from[phase]] for phase in Phase
+    }
     inputs = [("FINETUNE_MODEL_", "hub"), ("FINETUNE_DATASET_0_", "one"), ("FINETUNE_DATASET_2_", "three")]
     assert prefixes == {
         Phase.INSPECT: inputs,
@@ -152,7 +153,11 @@ def test_secrets_are_read_by_the_phases_that_need_them_under_the_prefix_of_their
         Phase.PUBLISH: [("FINETUNE_DESTINATION_0_", "out")],
         Phase.SERVE: [],
     }
-    assert [each.secret_prefix for each in plan.run.dataset.sources] == ["FINETUNE_DATASET_0_", "", "FINETUNE_DATASET_2_"]
+    assert [each.secret_prefix for each in plan.run.dataset.sources] == [
+        "FINETUNE_DATASET_0_",
+        "",
+        "FINETUNE_DATASET_2_",
+    ]
 
 
 def test_each_phases_pod_is_merged_over_the_general_one():

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from finetune_contract.reports import Phase
 from hypothesis import given
 from hypothesis import strategies as st
 
+from finetune_contract.reports import Phase
 from finetune_operator.api.v1alpha1 import FailureRule, Gate
 from finetune_operator.observed import Claim, PodCondition
 from finetune_operator.plan import FailurePlan
@@ -18,7 +18,6 @@ from finetune_operator.policies.promotion import find_failed_gate
 from finetune_operator.policies.restart import LONGEST_DELAY_SECONDS, delay_seconds, judge_failure
 from finetune_operator.policies.storage import find_storage_problem, list_contents, resolve_size
 from finetune_operator.sizing import choose_accumulation, needed_bytes, to_number
-
 from tests.support.operator_parts import (
     NOW,
     make_exit,
@@ -48,7 +47,10 @@ def disrupted(reason):
 
 
 def test_the_pod_that_failed_first_explains_the_attempt():
-    pods = [make_failed(index=1, message="connection closed by peer", after=12), make_failed(message="the cause", after=11)]
+    pods = [
+        make_failed(index=1, message="connection closed by peer", after=12),
+        make_failed(message="the cause", after=11),
+    ]
     assert "the cause" in explain_failure(JOB, pods, NOW).failure.message
 
 
@@ -114,7 +116,10 @@ def test_other_exit_codes_are_tried_again(code):
 
 
 def test_only_counted_failures_use_up_the_restarts():
-    counted, free = explain_pod(make_failed(), NOW), explain_pod(make_failed(conditions=disrupted("DeletionByPodGC")), NOW)
+    counted, free = (
+        explain_pod(make_failed(), NOW),
+        explain_pod(make_failed(conditions=disrupted("DeletionByPodGC")), NOW),
+    )
     assert judge_failure(counted, make_policy(2), 2).gives_up
     assert not judge_failure(free, make_policy(0), 9).gives_up
 
@@ -185,12 +190,18 @@ def test_a_missing_score_names_those_that_there_are():
 def test_seven_billion_parameters_need_what_was_measured():
     plan = make_test_plan(training={"recipe": "wizardlm-freeform"}, resources={"gpusPerNode": 4})
     assert needed_bytes(list_contents(plan, LLAMA_7B)) == 4 * 14 * 6_738_415_616 + 2 * 13_476_831_232
-    assert find_storage_problem(dataclasses.replace(plan, workspace=make_test_plan(workspace={"size": "1Ti"}).workspace), LLAMA_7B, None) is None
+    assert (
+        find_storage_problem(
+            dataclasses.replace(plan, workspace=make_test_plan(workspace={"size": "1Ti"}).workspace), LLAMA_7B, None
+        )
+        is None
+    )
 
 
 def test_lower_zero_stages_write_the_weights_twice():
     three, two = (
-        needed_bytes(list_contents(make_test_plan(training={"deepspeed": {"zeroStage": stage}}), LLAMA_7B)) for stage in (3, 2)
+        needed_bytes(list_contents(make_test_plan(training={"deepspeed": {"zeroStage": stage}}), LLAMA_7B))
+        for stage in (3, 2)
     )
     assert two - three == 4 * 2 * 6_738_415_616
 
