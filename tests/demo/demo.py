@@ -171,11 +171,12 @@ def ask(url: str, model: str, prompt: str) -> str:
     return content
 
 
-def generate(cluster: Cluster, namespace: str, endpoint: str, model: str) -> str:
+def generate(cluster: Cluster, namespace: str, endpoint: str, model: str, *options: str) -> str:
     """Run `finetune-trainer generate` beside the server, on one model of the same workspace."""
     command = ("finetune-trainer", "generate", "--model", model, "--prompt", PROMPT, "--max-new-tokens", "48", "--json")
+    command = (*command, *options)
     output = cluster.run("exec", "-n", namespace, f"deploy/{endpoint}", "--", *command, timeout=300)
-    answer: str = json.loads(output.strip().splitlines()[-1])["answer"]
+    answer: str = json.loads(output.strip().splitlines()[-1])["text"]
     return answer
 
 
@@ -225,7 +226,7 @@ def report(cluster: Cluster, namespace: str, job: dict[str, Any], killer: PodKil
     )
     promoted = generate(cluster, namespace, endpoint, f"/workspace/output/{digest}")
     check(answer == promoted, "the endpoint's greedy answer equals `generate` on the promoted digest")
-    original = generate(cluster, namespace, endpoint, "/workspace/models/base")
+    original = generate(cluster, namespace, endpoint, "/workspace/models/base", "--prompt-template", "alpaca")
     check(answer != original, "and differs from the base model's")
 
 

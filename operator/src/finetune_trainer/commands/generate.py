@@ -9,6 +9,7 @@ import pathlib
 
 from finetune_contract.reports import ExitCode, Reason
 from finetune_trainer.commands import plain
+from finetune_trainer.data import prompts
 from finetune_trainer.errors import TrainerError
 
 
@@ -17,6 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="DIR", required=True, help="promoted model, or any with a chat template")
     parser.add_argument("--prompt", metavar="TEXT", required=True, help="what to answer, as a user would write it")
     parser.add_argument("--prompt-input", metavar="TEXT", default="", help="the input field beside the prompt (alpaca)")
+    parser.add_argument(
+        "--prompt-template", metavar="NAME", default="", help="alpaca, wizardlm or vicuna, for a model without one"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer (default: 256)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the answer alone")
 
@@ -36,12 +40,15 @@ def run(args: argparse.Namespace) -> int:
     if args.prompt_input:
         message["input"] = args.prompt_input
     generator = Generator(folder)
+    if args.prompt_template:
+        adds_bos = bool(prompts.begin_ids(generator.tokenizer))
+        generator.tokenizer.chat_template = prompts.build_chat_template(args.prompt_template, adds_bos=adds_bos)
     if not generator.tokenizer.chat_template:
         raise TrainerError(
             Reason.MODEL_INVALID,
             ExitCode.NO_INPUT,
             f"--model {folder}: the tokenizer has no chat template, so the prompt's form is unknown",
-            "Name a promoted model, or a model with a chat template.",
+            "Name a promoted model, or say --prompt-template alpaca, wizardlm or vicuna.",
         )
     answer = generator.answer([message], args.max_new_tokens)
     print(json.dumps(dataclasses.asdict(answer), ensure_ascii=False) if args.json else answer.text)
