@@ -99,9 +99,18 @@ def make_training_job(plan: Plan, number: int = 1, **fields: Any) -> Job:
 
 
 def make_attempt(plan: Plan, number: int = 1, **fields: Any) -> Attempt:
-    """Return what is remembered of an attempt that is under way."""
+    """Return what is remembered of an attempt whose pods run."""
     name = plan.names.training_job(number)
-    return Attempt(**{"number": number, "job": name, "uid": f"{name}-uid", "digest": plan.digest, **fields})
+    return Attempt(
+        **{
+            "number": number,
+            "job": name,
+            "uid": f"{name}-uid",
+            "digest": plan.digest,
+            "start_time": to_text(NOW),
+            **fields,
+        }
+    )
 
 
 def make_pod(job: Job, index: int = 0, **fields: Any) -> Pod:

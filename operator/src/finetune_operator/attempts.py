@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+from collections.abc import Sequence
 
 from finetune_contract.reports import Metric, Phase
 from finetune_contract.reports import Reason as PodReason
@@ -19,7 +20,7 @@ from .observed import Job, Pod, earliest_start
 from .phases import storage_full
 from .policies.failure import Diagnosis, explain_failure
 from .policies.restart import judge_failure, next_start
-from .record import Attempt, Failure, Record, Terminal, to_text
+from .record import Attempt, Failure, Record, Terminal, to_text, to_time
 from .steps import Apply, Create, Reference, Remove, Situation, Step, Wait, WriteRecord
 from .view import View, wait_for_job, write_failure
 
@@ -85,23 +86,27 @@ def _record_success(view: View, attempt: Attempt, job: Job) -> Step:
     resumed = details.get("resumed_from_step")
     ended = dataclasses.replace(ended, resumed_from_step=resumed, last_step=int(details.get("latest_complete") or 0))
     record = view.record.with_attempt(ended).with_phase(Phase.TRAIN, details)
-    seconds = record.active_seconds + view.ended_seconds(job)
+    seconds = record.active_seconds + _seconds(ended)
     return WriteRecord(dataclasses.replace(record, active_seconds=seconds, failures_without_progress=0), RUNNING)
 
 
 def _end(view: View, attempt: Attempt, job: Job | None, reason: str, message: str) -> Attempt:
-    pods = view.observed.training_pods(attempt.number)
-    started = earliest_start(pods)
     ended = (job.ended_at if job else None) or view.now
     return dataclasses.replace(
-        attempt,
-        nodes=tuple(dict.fromkeys(pod.node for pod in pods if pod.node)),
-        start_time=to_text(started) if started else "",
+        _begin(attempt, view.observed.training_pods(attempt.number)),
         end_time=to_text(ended),
         reason=str(reason),
         message=message,
         last_step=_last_checkpoint(view, attempt),
         resumed_from_step=_resumed_from(view, attempt),
+    )
+
+
+def _begin(attempt: Attempt, pods: Sequence[Pod]) -> Attempt:
+    started = earliest_start(pods)
+    nodes = tuple(dict.fromkeys(pod.node for pod in pods if pod.node))
+    return dataclasses.replace(
+        attempt, nodes=nodes or attempt.nodes, start_time=to_text(started) if started else attempt.start_time
     )
 
 
@@ -126,7 +131,7 @@ def suspend_attempt(view: View, attempt: Attempt, job: Job | None) -> WriteRecor
     """Return the step that remembers that the attempt ended on request."""
     ended = _end(view, attempt, job, Reason.SUSPENDED, "suspended on request")
     record = view.record.with_attempt(ended)
-    seconds = record.active_seconds + view.ended_seconds(job)
+    seconds = record.active_seconds + _seconds(ended)
     return WriteRecord(
         dataclasses.replace(record, active_seconds=seconds),
         Situation("Suspended", Reason.SUSPENDED, "suspending: the pods save and stop", condition=""),
@@ -146,7 +151,7 @@ def close_attempt(view: View, attempt: Attempt, job: Job | None, diagnosis: Diag
         last_step=max(ended.last_step, diagnosis.last_step),
         resumed_from_step=ended.resumed_from_step if resumed is None else resumed,
     )
-    record = _remember(view, ended, job, diagnosis)
+    record = _remember(view, ended, diagnosis)
     if verdict.gives_up:
         return write_failure(view, Phase.TRAIN, verdict.reason, verdict.message, record)
     excluded = {verdict.excluded_node: failure.reason} if verdict.excluded_node else {}
@@ -162,14 +167,20 @@ def close_attempt(view: View, attempt: Attempt, job: Job | None, diagnosis: Diag
     return WriteRecord(record, _restarting(ended))
 
 
-def _remember(view: View, ended: Attempt, job: Job | None, diagnosis: Diagnosis) -> Record:
+def _seconds(attempt: Attempt) -> float:
+    """Time that the pods of an attempt that has ended were there."""
+    started, ended = to_time(attempt.start_time), to_time(attempt.end_time)
+    return max(0.0, (ended - started).total_seconds()) if started and ended else 0.0
+
+
+def _remember(view: View, ended: Attempt, diagnosis: Diagnosis) -> Record:
     before = max((each.last_step for each in view.record.attempts if each.number != ended.number), default=0)
     has_progress = ended.last_step > before
     record = dataclasses.replace(
         view.record.with_attempt(ended),
         last_failure=diagnosis.failure,
         failures_without_progress=0 if has_progress else view.record.failures_without_progress + 1,
-        active_seconds=view.record.active_seconds + view.ended_seconds(job),
+        active_seconds=view.record.active_seconds + _seconds(ended),
     )
     claim = view.observed.claim
     if diagnosis.is_storage_full and claim is not None:
@@ -246,6 +257,9 @@ def _describe_start(attempt: Attempt, num_running: int, nodes: int) -> Situation
 
 
 def _next_while_training(view: View, attempt: Attempt, job: Job, pods: list[Pod]) -> Step:
+    if not attempt.start_time:
+        # A pod that is deleted by force leaves nothing behind: what is known of it is remembered while it is there.
+        return WriteRecord(view.record.with_attempt(_begin(attempt, pods)), RUNNING)
     deadline = view.plan.failure.progress_deadline_seconds
     situation = dataclasses.replace(RUNNING, message=f"attempt {attempt.number} is training")
     if not deadline:

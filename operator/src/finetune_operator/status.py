@@ -88,7 +88,7 @@ def _build_wanted(plan: Plan, observed: Observed, step: Step) -> Wanted:
     reason, message = situation.reason, redact(situation.message)
     is_over = isinstance(step, Finish)
     wanted: Wanted = _summary(plan, observed, step)
-    wanted[Type.VALIDATED] = ("True", Reason.ACCEPTED, "")
+    wanted[Type.VALIDATED] = ("True", Reason.ACCEPTED, "the job can work as it is written")
     wanted |= _storage(observed)
     wanted |= _results(plan, observed)
     wanted |= _pods(observed, situation)
@@ -173,12 +173,21 @@ def _results(plan: Plan, observed: Observed) -> Wanted:
     elif _is_serving(plan, observed):
         deployed = ("True", Reason.SERVING, f"endpoint {plan.names.endpoint} answers")
     return {
-        Type.MODEL_READY: done(Phase.PREPARE),
+        Type.MODEL_READY: done(Phase.PREPARE, "the base model is on the workspace"),
         Type.DATASET_READY: done(Phase.PREPARE, data),
         Type.PROMOTED: promoted,
-        Type.EVALUATED: done(Phase.EVALUATE),
+        Type.EVALUATED: done(Phase.EVALUATE, _describe_scores(record)),
         Type.DEPLOYED: deployed,
     }
+
+
+def _describe_scores(record: records.Record) -> str:
+    """Return the held-out loss beside the base model's, or how many tasks were scored."""
+    details = record.details(Phase.EVALUATE)
+    tuned, base = (_finite(details.get(name)).get("holdout", {}).get("loss") for name in ("scores", "baseline"))
+    if tuned is None:
+        return f"{len(_finite(details.get('scores')))} tasks are scored"
+    return f"held-out loss {tuned:.4g}" + (f", the base model's {base:.4g}" if base is not None else "")
 
 
 def _pods(observed: Observed, situation: Situation) -> Wanted:

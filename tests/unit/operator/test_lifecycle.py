@@ -169,6 +169,22 @@ def test_a_training_job_that_was_never_seen_is_made():
     assert isinstance(look(plan, make_observed(plan, record)), Create)
 
 
+def test_where_and_when_an_attempt_runs_is_remembered_while_its_pods_are_there():
+    plan = make_test_plan()
+    record = make_record(Phase.INSPECT, Phase.PREPARE, attempts=(make_attempt(plan, start_time=""),), claim_uid="claim")
+    job = make_training_job(plan)
+    step = look(plan, make_training_world(plan, make_pod(job), job=job, record=record))
+    assert isinstance(step, WriteRecord)
+    assert (step.record.attempt.nodes, step.record.attempt.start_time) == (("node-0",), to_text(NOW))
+
+
+def test_an_attempt_whose_pods_vanished_keeps_its_times():
+    plan = make_test_plan()
+    step = look(plan, make_training_world(plan, job=make_training_job(plan, is_failed=True, ended_at=NOW + seconds(7))))
+    assert (step.record.attempt.reason, step.record.attempt.start_time) == ("PodDeleted", to_text(NOW))
+    assert step.record.active_seconds == 7
+
+
 def test_the_end_of_training_is_remembered_with_what_rank_0_reports():
     plan = make_test_plan()
     job = make_training_job(plan, is_succeeded=True, ended_at=NOW + seconds(10))

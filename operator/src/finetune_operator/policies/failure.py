@@ -61,10 +61,11 @@ def explain_failure(job: Job, pods: Sequence[Pod], now: datetime.datetime) -> Di
     """Return why a failed Job failed, told from the pod that failed first."""
     pod = choose_first_failed(pods)
     if pod is None:
-        text = job.failure_message or "its pods are gone"
         # A pod that vanished was deleted: one that failed stays until its Job goes.
         reason = Reason.DEADLINE_EXCEEDED if job.failure_reason == "DeadlineExceeded" else Reason.POD_DELETED
-        failure = Failure(to_text(job.ended_at or now), reason, f"Job {job.name}: {text}")
+        what = "a pod was deleted before it ended" if reason == Reason.POD_DELETED else "it ran too long"
+        text = f"Job {job.name}: {what}" + (f" ({job.failure_message})" if job.failure_message else "")
+        failure = Failure(to_text(job.ended_at or now), reason, text)
         return Diagnosis(failure, reason not in NOT_COUNTED, True, False)
     return explain_pod(pod, now)
 
