@@ -69,6 +69,7 @@ def test_each_turn_knows_where_it_stood():
         ({"instruction": "x", "output": 3}, "alpaca", "output: expected text, found a number"),
         ({"instruction": "", "output": "y"}, "alpaca", "instruction is empty"),
         ({"instruction": "x", "output": "\ud800"}, "alpaca", "output: half a surrogate pair at character 0"),
+        ({"instr\ud800uction": "x"}, "alpaca", r"found instr\\ud800uction"),
         ({"messages": []}, "messages", "messages is empty"),
         ({"messages": "Hi"}, "messages", "messages: expected a list, found text"),
         ({"messages": ["Hi"]}, "messages", r"messages\[0\]: expected an object, found text"),

@@ -106,7 +106,7 @@ def _parse_turns(
     row: Mapping[str, Any], key: str, turn_keys: tuple[str, str], roles: Mapping[str, str]
 ) -> Conversation:
     if key not in row:
-        raise RowError(f"{key} is missing; found {_list_keys(row)}")
+        raise RowError(f"{key} is missing; found {list_keys(row)}")
     items = row[key]
     if not isinstance(items, list):
         raise RowError(f"{key}: expected a list, found {_kind(items)}")
@@ -139,7 +139,7 @@ def _read_content(item: Mapping[str, Any], key: str, path: str) -> str:
 
 def _read_text(row: Mapping[str, Any], key: str, path: str = "") -> str:
     if key not in row:
-        raise RowError(f"{path}{key} is missing; found {_list_keys(row)}")
+        raise RowError(f"{path}{key} is missing; found {list_keys(row)}")
     value = row[key]
     if not isinstance(value, str):
         raise RowError(f"{path}{key}: expected text, found {_kind(value)}")
@@ -150,8 +150,11 @@ def _read_text(row: Mapping[str, Any], key: str, path: str = "") -> str:
     return value
 
 
-def _list_keys(row: Mapping[str, Any]) -> str:
-    keys = [str(key) for key in row][:8]
+def list_keys(row: Any) -> str:
+    """Return the names of a row's first keys for a message, whatever characters they hold."""
+    if not isinstance(row, Mapping):
+        return _kind(row)
+    keys = [str(key)[:40].encode("utf-8", "backslashreplace").decode() for key in row][:8]
     return ", ".join(keys) if keys else "no keys"
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune_contract.reports import ExitCode, Reason
 from finetune_trainer.data import output
-from finetune_trainer.data.formats import FORMATS, Conversation, RowError, detect_format, parse_row
+from finetune_trainer.data.formats import FORMATS, Conversation, RowError, detect_format, list_keys, parse_row
 from finetune_trainer.data.quality import find_defect
 from finetune_trainer.data.refusals import RowFilter, make_filter
 from finetune_trainer.data.report import Counts, Tally
@@ -161,7 +161,7 @@ class Preparation:
         found = detect_format(row.value, self._config.fields)
         if found is not None:
             return found
-        keys = ", ".join(map(str, list(row.value)[:8])) if isinstance(row.value, dict) else "no object"
+        keys = list_keys(row.value)
         raise TrainerError(
             Reason.DATASET_INVALID,
             ExitCode.DATA,
