@@ -37,6 +37,11 @@ def test_sources_on_the_workspace_are_not_seen_and_not_an_error(run_command, set
     assert details["dataset_revisions"] == [""]
 
 
+def test_an_empty_mount_point_is_no_workspace(run_command, settings, tmp_path):
+    (tmp_path / "not-mounted").mkdir()
+    test_sources_on_the_workspace_are_not_seen_and_not_an_error(run_command, settings)
+
+
 def test_a_plain_folder_can_be_inspected(run_command, tmp_path, capsys):
     for name, content in build_model().items():
         (tmp_path / name).write_bytes(content)

@@ -77,5 +77,9 @@ def _inspect_dataset(settings: RunConfig, root: pathlib.Path) -> dict[str, Any]:
 
 
 def _is_out_of_sight(source: Source, root: pathlib.Path) -> bool:
-    """Whether the source is on the workspace, which is not mounted while a job is planned."""
-    return source.source.startswith("pvc://") and not root.is_dir()
+    """Whether the source is on the workspace, which is not mounted while a job is planned.
+
+    A path that is missing there is then no error yet: `prepare`, which mounts the workspace, will say so.
+    """
+    scheme, _, path = source.source.partition("://")
+    return scheme == "pvc" and not (root / path.lstrip("/")).exists()
