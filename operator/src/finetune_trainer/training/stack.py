@@ -24,7 +24,6 @@ def import_stack(tracking: Sequence[str] = (), uses_gpus: bool = False) -> None:
     started = time.monotonic()
     # Asking the driver's library for GPUs, not the runtime: CUDA that has been initialised does not survive a fork.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     hidden = [name for name in UNUSED if name not in tracking]
     hidden += [] if uses_gpus else ["triton"]
