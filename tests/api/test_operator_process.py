@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import pathlib
 import ssl
 import urllib.error
 import urllib.request
 
 import pytest
+import yaml
 
+from tests.support.manifests import REPOSITORY
 from tests.support.operator_process import OperatorProcess
 from tests.support.played_job import PlayedJob
 from tests.support.waiting import eventually
@@ -170,6 +173,55 @@ def test_metrics_and_health_tell_how_it_is(make_operator, kubelet):
     assert "finetune_reconcile_seconds_count" in metrics
     job.delete()
     eventually(lambda: 'name="measured"' not in process.read("metrics", "/metrics"), within=20)
+
+
+def test_roles_in_one_namespace_are_all_that_a_limited_install_needs(crd, kubelet, namespace, tmp_path):
+    values = {
+        "config": {
+            "images": {"trainer": "example.org/trainer:1", "inference": "example.org/inference:1"},
+            "watchNamespaces": [namespace],
+        },
+        "crds": {"enabled": False},
+        "image": {"repository": "example.org/operator"},
+    }
+    values_file = tmp_path / "values.yaml"
+    values_file.write_text(yaml.safe_dump(values))
+    chart = str(REPOSITORY / "charts" / "finetune-operator")
+    rendered = crd.run_helm("template", "limited", chart, "--namespace", namespace, "--values", str(values_file))
+    objects = [each for each in yaml.safe_load_all(rendered) if each]
+    assert "ClusterRoleBinding" not in {each["kind"] for each in objects}
+    rights = [each for each in objects if each["kind"] in ("ServiceAccount", "Role", "RoleBinding")]
+    crd.apply(*({**each, "metadata": {"namespace": namespace, **each["metadata"]}} for each in rights))
+    (account,) = [each["metadata"]["name"] for each in rights if each["kind"] == "ServiceAccount"]
+    process = OperatorProcess(tmp_path, make_kubeconfig(crd, kubelet, account, tmp_path), watchNamespaces=[namespace])
+    rules = [rule for each in rights if each["kind"] == "Role" for rule in each["rules"]]
+    names = next(rule["resourceNames"] for rule in rules if "secrets" in rule["resources"] and "resourceNames" in rule)
+    process.settings["progress"] |= {"namespace": namespace, "tlsSecretName": names[0]}
+    try:
+        process.start().wait_until_healthy()
+        job = PlayedJob(kubelet, "limited").apply(inference={"enabled": True}).prepare()
+        (pod,) = job.train()
+        assert post(process, job, pod, make_token(kubelet, pod), current_step=5, total_steps=10) == 200
+        assert post(process, job, pod, make_token(kubelet, pod, "somebody.else"), current_step=5) == 401
+        job.wait(lambda status: (status.get("progress") or {}).get("step") == 5)
+        assert job.complete(served=True)["restarts"] == 0
+        job.delete()
+        eventually(lambda: job.read() is None, within=20, otherwise=process.log)
+    finally:
+        process.stop()
+    assert "Traceback" not in process.log()
+    assert "forbidden" not in process.log().replace("tokenreviews", "")
+
+
+def make_kubeconfig(crd, kubelet, account: str, folder) -> str:
+    """Return a kubeconfig with nothing but the rights of a ServiceAccount."""
+    path = f"/api/v1/namespaces/{kubelet.namespace}/serviceaccounts/{account}/token"
+    token = kubelet.rest.request("POST", path, {"spec": {}})["status"]["token"]
+    config = yaml.safe_load(pathlib.Path(crd.kubeconfig).read_text())
+    config["users"] = [{"name": each["name"], "user": {"token": token}} for each in config["users"]]
+    limited = folder / "limited.kubeconfig"
+    limited.write_text(yaml.safe_dump(config))
+    return str(limited)
 
 
 def test_an_operator_without_settings_says_what_is_missing(crd, tmp_path):

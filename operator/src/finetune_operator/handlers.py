@@ -68,7 +68,7 @@ def log_in(**kwargs: Any) -> kopf.ConnectionInfo | None:
 @kopf.on.startup(id="start")
 async def start(settings: kopf.OperatorSettings, memo: Operator, **_: Any) -> None:
     """Configure Kopf, and start everything that is not Kopf's."""
-    _configure(settings)
+    _configure(settings, memo.settings)
     configuration = await load_configuration()
     memo.connection = Connection(configuration)
     cluster = Cluster(memo.connection)
@@ -123,9 +123,10 @@ async def hear_child(namespace: str | None, labels: kopf.Labels, body: kopf.Body
     memo.request(namespace, labels.get(naming.LABEL_JOB))
 
 
-def _configure(settings: kopf.OperatorSettings) -> None:
+def _configure(settings: kopf.OperatorSettings, own: Settings) -> None:
     settings.posting.enabled = False
-    settings.scanning.disabled = False
+    # Kopf asks for namespaces and CRDs for a minute before it watches anything; limited installs may not see them.
+    settings.scanning.disabled = bool(own.watch_namespaces)
     settings.peering.standalone = True
     settings.watching.server_timeout = 300
     settings.watching.client_timeout = 360
@@ -183,14 +184,18 @@ async def _resync(memo: Operator, cluster: Cluster) -> None:
                 logger.warning("cannot list jobs: %s", error)
                 continue
             for job in jobs:
-                if number % FINISHED_EVERY == 0 or not _is_finished(job):
+                if number % FINISHED_EVERY == 0 or not _is_at_rest(job):
                     memo.request(job["metadata"]["namespace"], job["metadata"]["name"])
         number += 1
         await asyncio.sleep(memo.settings.resync_seconds)
 
 
-def _is_finished(job: dict[str, Any]) -> bool:
-    conditions = (job.get("status") or {}).get("conditions") or ()
+def _is_at_rest(job: dict[str, Any]) -> bool:
+    """Has the job finished, and has nobody asked anything of it since?"""
+    meta, status = job["metadata"], job.get("status") or {}
+    if meta.get("deletionTimestamp") or meta.get("generation") != status.get("observedGeneration"):
+        return False
+    conditions = status.get("conditions") or ()
     return any(each.get("type") == "Finished" and each.get("status") == "True" for each in conditions)
 
 
