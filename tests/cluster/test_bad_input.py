@@ -68,7 +68,7 @@ CASES = (
         "workspace-small",
         {"workspace": {"size": "1Mi"}},
         "WorkspaceTooSmall",
-        ("workspace.size", "1Mi"),
+        ("workspace.size", "1.0 MiB", "ask for"),
         failed=False,
     ),
     Case(

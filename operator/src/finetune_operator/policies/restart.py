@@ -37,14 +37,14 @@ def judge_failure(diagnosis: Diagnosis, policy: FailurePlan, restarts_counted: i
     failure = diagnosis.failure
     rule = next((rule for rule in policy.rules if is_matching(rule, diagnosis)), None)
     if rule is not None and rule.action == "FailJob":
-        return Verdict(False, True, Reason.FAILED_BY_RULE, f"failurePolicy rule {rule.name}: {failure.message}")
+        return Verdict(False, True, Reason.FAILED_BY_RULE, f"failurePolicy rule {rule.name}: {failure.advice}")
     if rule is None and not diagnosis.is_retried:
-        return Verdict(False, True, failure.reason, failure.message)
+        return Verdict(False, True, failure.reason, failure.advice)
     is_counted = diagnosis.is_counted if rule is None else rule.action == "RestartJob"
     if is_counted and restarts_counted >= policy.max_restarts:
         message = (
             f"{restarts_counted} of {policy.max_restarts} restarts (failurePolicy.maxRestarts) are used up; "
-            f"last failure {failure.reason}: {failure.message}"
+            f"last failure {failure.reason}: {failure.advice}"
         )
         return Verdict(True, True, Reason.RESTARTS_EXHAUSTED, message)
     excluded = failure.node if rule is not None and rule.action == "ExcludeNode" else ""
