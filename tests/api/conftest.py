@@ -88,6 +88,17 @@ def operator(crd, tmp_path_factory):
 
 
 @pytest.fixture
+def restart_api_server(crd):
+    """Stop the API server, or start it again and wait until it answers."""
+
+    def restart(command):
+        _run_tool(command, "apiserver")
+
+    yield restart
+    _run_tool("start", "apiserver")
+
+
+@pytest.fixture
 def kubelet(rest, namespace):
     """The test plays the kubelet of its namespace."""
     return Kubelet(rest, namespace)

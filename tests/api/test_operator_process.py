@@ -150,6 +150,19 @@ def test_posts_of_the_jobs_own_pods_become_progress_and_others_are_refused(make_
     assert other.status()["state"] == "Pending"
 
 
+def test_an_api_server_that_was_away_is_heard_again(make_operator, kubelet, restart_api_server):
+    process = make_operator("one").start().wait_until_healthy()
+    job = PlayedJob(kubelet, "patient").apply().prepare()
+    (pod,) = job.train()
+    restart_api_server("stop")
+    eventually(lambda: "trying again" in process.log() or "cannot list jobs" in process.log(), within=30)
+    assert process.read("health", "/healthz") == "ok\n"
+    restart_api_server("start")
+    kubelet.fail(pod, 1, "RankFailed", "boom")
+    status = job.complete(attempt=2)
+    assert (status["restarts"], process.is_running()) == (1, True)
+
+
 def test_attempts_without_progress_are_restarted_after_the_deadline(make_operator, kubelet):
     make_operator("one").start().wait_until_healthy()
     job = PlayedJob(kubelet, "hung").apply(failurePolicy={"progressDeadlineSeconds": 2}).prepare()
