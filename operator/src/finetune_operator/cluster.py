@@ -1,7 +1,7 @@
 """All Kubernetes I/O: reads a job and what exists of it, carries out steps, writes status, records and events.
 
-Used by `reconcile` and, for tokens and the certificate, by the progress server. With `handlers` the only module that
-imports a client. Talks plain REST through the official client's connection: objects stay the dictionaries they are.
+Used by `reconcile` and, for tokens and the certificate, by the progress server. Objects stay the dictionaries
+that the API server sends.
 """
 
 from __future__ import annotations
@@ -9,25 +9,20 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import datetime
-import json
-import urllib.parse
 from collections.abc import Mapping, Sequence
 from typing import Any, assert_never
 
-import aiohttp
-from kubernetes.aio import client, config
-from kubernetes.aio.client.exceptions import ApiException
-
 from finetune_contract.reports import Phase
-from finetune_operator.tokens import review_claims
 
 from . import naming, record
+from .connection import APPLY_TYPE, MERGE_TYPE, Connection
 from .errors import ClusterUnavailableError, ConflictError, RefusedError, redact
 from .manifests.memory import build_record_map
 from .observed import Claim, Job, Observed, Pod, view_claim, view_endpoint, view_job, view_pod
 from .plan import FROZEN_KEY, Plan
 from .record import Record, read_record
 from .steps import Apply, Create, Finish, Object, Reference, Remove, SetFinalizer, Step, Wait, WriteRecord
+from .tokens import review_claims
 
 PLURALS = {
     "ConfigMap": "configmaps",
@@ -37,73 +32,7 @@ PLURALS = {
     "Deployment": "deployments",
     "PodDisruptionBudget": "poddisruptionbudgets",
 }
-TIMEOUT_SECONDS = 30
-CONCURRENT_REQUESTS = 16
-JSON_TYPE, MERGE_TYPE, APPLY_TYPE = "application/json", "application/merge-patch+json", "application/apply-patch+yaml"
 Json = dict[str, Any]
-
-
-async def load_configuration() -> client.Configuration:
-    """Return how to reach the cluster: from inside it when we run there, else from KUBECONFIG."""
-    configuration = client.Configuration()
-    try:
-        config.load_incluster_config(client_configuration=configuration)  # type: ignore[no-untyped-call]
-    except config.ConfigException:
-        await config.load_kube_config(client_configuration=configuration)  # type: ignore[no-untyped-call]
-    return configuration
-
-
-class Connection:
-    """Requests to the API server, of one event loop."""
-
-    def __init__(self, configuration: client.Configuration) -> None:
-        self._api = client.ApiClient(configuration)
-        self._slots = asyncio.Semaphore(CONCURRENT_REQUESTS)
-
-    async def close(self) -> None:
-        """Close the connections."""
-        await self._api.close()  # type: ignore[no-untyped-call]
-
-    async def request(
-        self,
-        method: str,
-        path: str,
-        body: Any = None,
-        query: Mapping[str, str] | None = None,
-        content_type: str = JSON_TYPE,
-    ) -> Json | None:
-        """Send one request; None when there is no such object. Raises the three errors of the cluster."""
-        headers = {"Accept": f"{JSON_TYPE}, application/jwk-set+json", "Content-Type": content_type}
-        url = f"{self._api.configuration.host}{path}"
-        if query:
-            url = f"{url}?{urllib.parse.urlencode(query)}"
-        async with self._slots:
-            try:
-                await self._api.update_params_for_auth(headers, [], ["BearerToken"], path, method, body)
-                response = await self._api.call_api(method, url, headers, body, _request_timeout=TIMEOUT_SECONDS)
-                data = await response.read()  # type: ignore[no-untyped-call]
-                status = response.status
-            except (aiohttp.ClientError, TimeoutError, OSError, ApiException) as error:
-                raise ClusterUnavailableError(f"{method} {path}: {type(error).__name__}: {error}") from error
-        return _interpret(method, path, status, data)
-
-
-def _interpret(method: str, path: str, status: int, data: bytes) -> Json | None:
-    if status == 404:
-        return None
-    if 200 <= status < 300:
-        result: Json = json.loads(data) if data else {}
-        return result
-    try:
-        message = str(json.loads(data).get("message") or "")
-    except (ValueError, AttributeError):
-        message = data[:300].decode(errors="replace")
-    text = redact(f"{method} {path}: HTTP {status}: {message}")
-    if status == 409:
-        raise ConflictError(text)
-    if status in (400, 403, 405, 413, 415, 422):
-        raise RefusedError(status, redact(message) or text)
-    raise ClusterUnavailableError(text)
 
 
 @dataclasses.dataclass(frozen=True)

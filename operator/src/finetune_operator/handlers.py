@@ -19,7 +19,8 @@ from aiohttp import web
 
 from . import naming
 from .certificates import Certificates, from_secret, is_usable, make_certificates, to_secret
-from .cluster import Cluster, Connection, load_configuration
+from .cluster import Cluster
+from .connection import Connection, load_configuration
 from .errors import ClusterUnavailableError, ConflictError, RefusedError
 from .metrics import EVENTS
 from .progress import ProgressStore

@@ -21,11 +21,12 @@ from .deployment import next_deletion_step
 from .errors import InvalidJobError, RefusedError
 from .lifecycle import next_step
 from .metrics import JOBS, RECONCILE_ERRORS, RECONCILE_SECONDS
+from .news import select_events
 from .observed import Observed, Progress
 from .plan import Plan, make_plan
 from .progress import ProgressStore
 from .settings import Settings
-from .status import build_invalid_status, build_status, select_events
+from .status import build_invalid_status, build_status
 from .steps import Finish, Remove, SetFinalizer, Step, Wait
 
 MAX_STEPS = 12

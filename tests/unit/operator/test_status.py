@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from finetune_contract.reports import Metric, Phase, ProgressReport
 from finetune_operator.api.v1alpha1 import FineTuneJobStatus
 from finetune_operator.lifecycle import next_step
+from finetune_operator.news import select_events
 from finetune_operator.observed import Endpoint, Progress
 from finetune_operator.record import Failure, Terminal, to_text
-from finetune_operator.status import build_invalid_status, build_status, select_events
+from finetune_operator.status import build_invalid_status, build_status
 from finetune_operator.steps import Finish, Situation, Wait
 from tests.support.operator_parts import (
     NOW,

@@ -1,0 +1,183 @@
+"""The figures of a status: progress, attempts, data, checkpoints, scores, the endpoint. Pure; used by `status`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from finetune_contract.reports import Metric, Phase
+from finetune_contract.workspace import Workspace
+
+from . import record as records
+from .api.v1alpha1 import FineTuneJobStatus
+from .conditions import Reason
+from .errors import redact
+from .observed import Observed, earliest_start
+from .plan import Plan
+
+Previous = FineTuneJobStatus
+
+
+def build_progress(observed: Observed, previous: Previous) -> dict[str, Any] | None:
+    progress = observed.progress
+    if progress is None:
+        return previous.progress.model_dump(exclude={"summary", "eta"}) if previous.progress else None
+    metrics = progress.report.metrics
+    is_done = observed.record.has_done(Phase.TRAIN)
+
+    def whole(name: Metric) -> int | None:
+        return int(metrics[name]) if name in metrics else None
+
+    return {
+        "percentage": 100 if is_done else progress.report.percentage,
+        "step": whole(Metric.STEP),
+        "total_steps": whole(Metric.TOTAL_STEPS),
+        "epoch": _rounded(metrics, Metric.EPOCH, 2),
+        "loss": _rounded(metrics, Metric.LOSS, 4),
+        "tokens_per_second": _rounded(metrics, Metric.TOKENS_PER_SECOND, 1),
+        "eta_seconds": 0 if is_done else progress.eta_seconds,
+        "updated_at": progress.received_at,
+    }
+
+
+def _rounded(metrics: Mapping[str, float], name: Metric, digits: int) -> float | None:
+    value = metrics.get(name)
+    # JSON has no NaN: the API server would refuse the whole status.
+    return round(value, digits) if value is not None and math.isfinite(value) else None
+
+
+def build_attempt(observed: Observed, attempt: records.Attempt) -> dict[str, Any]:
+    pods = observed.training_pods(attempt.number)
+    progress = observed.progress
+    resumed = attempt.resumed_from_step
+    if resumed is None and progress is not None and progress.attempt == attempt.number:
+        found = progress.report.metrics.get(Metric.RESUMED_FROM)
+        resumed = int(found) if found is not None else None
+    nodes = attempt.nodes or tuple(dict.fromkeys(pod.node for pod in pods if pod.node))
+    return {
+        "number": attempt.number,
+        "job": attempt.job,
+        "nodes": list(nodes),
+        "start_time": records.to_time(attempt.start_time) or earliest_start(pods),
+        "end_time": records.to_time(attempt.end_time),
+        "resumed_from_step": resumed,
+        "reason": attempt.reason,
+    }
+
+
+def build_failure(record: records.Record) -> dict[str, Any] | None:
+    failure = record.last_failure
+    if failure is None:
+        return None
+    return {
+        "time": records.to_time(failure.time),
+        "pod": failure.pod,
+        "node": failure.node,
+        "exit_code": failure.exit_code or None,
+        "reason": failure.reason,
+        "message": redact(failure.message),
+        "hint": redact(failure.hint),
+    }
+
+
+def build_resolved(plan: Plan, observed: Observed) -> dict[str, Any] | None:
+    if not observed.frozen_plan:
+        return None
+    record = observed.record
+    revision = record.details(Phase.PREPARE).get("model_revision") or record.details(Phase.INSPECT).get(
+        "model_revision"
+    )
+    return {
+        "model_revision": revision or None,
+        "dataset_digest": record.details(Phase.PREPARE).get("dataset_digest"),
+        "images": dict(plan.images),
+        "plan_config_map": plan.names.plan_map,
+    }
+
+
+def build_dataset(record: records.Record) -> dict[str, Any] | None:
+    rows = record.details(Phase.PREPARE)
+    if not rows:
+        return None
+    return {name: rows.get(name) for name in ("rows_read", "rows_kept", "rows_removed", "tokens", "report")}
+
+
+def build_checkpoints(observed: Observed, previous: Previous) -> dict[str, Any] | None:
+    """Take what the trainer reported at its end, else what it posted last, else what was known before."""
+    old = previous.checkpoints
+    result: dict[str, Any] = old.model_dump() if old else {}
+    if observed.progress is not None:
+        metrics = observed.progress.report.metrics
+        posted = {
+            "latest_complete": metrics.get(Metric.LATEST_CHECKPOINT),
+            "best": metrics.get(Metric.BEST_CHECKPOINT),
+            "resumed_from": metrics.get(Metric.RESUMED_FROM),
+            "count": metrics.get(Metric.NUM_CHECKPOINTS),
+        }
+        result |= {name: int(value) for name, value in posted.items() if value is not None}
+    attempt = observed.record.attempt
+    if attempt is not None and attempt.resumed_from_step is not None:
+        result["resumed_from"] = attempt.resumed_from_step
+    details = observed.record.details(Phase.TRAIN)
+    if details:
+        kept = details.get("checkpoints")
+        reported = {
+            "latest_complete": details.get("latest_complete"),
+            "best": details.get("best"),
+            "count": len(kept) if isinstance(kept, list) else None,
+        }
+        result |= {name: value for name, value in reported.items() if value is not None}
+    return result or None
+
+
+def build_evaluation(plan: Plan, record: records.Record) -> dict[str, Any] | None:
+    details = record.details(Phase.EVALUATE)
+    if not details:
+        return None
+    terminal = record.terminal
+    gate = None
+    if plan.gates:
+        is_failed = terminal is not None and terminal.reason in (Reason.EVALUATION_BELOW_GATE, Reason.SCORE_MISSING)
+        gate = "Failed" if is_failed else "Passed"
+    return {
+        "scores": finite_scores(details.get("scores")),
+        "baseline": finite_scores(details.get("baseline")),
+        "gate": gate,
+    }
+
+
+def finite_scores(scores: Any) -> dict[str, dict[str, float]]:
+    return {
+        str(task): {
+            str(name): float(value)
+            for name, value in metrics.items()
+            if isinstance(value, int | float) and abs(value) < float("inf")
+        }
+        for task, metrics in (scores or {}).items()
+        if isinstance(metrics, Mapping)
+    }
+
+
+def build_promotion(record: records.Record) -> dict[str, Any] | None:
+    details = record.details(Phase.PROMOTE)
+    if not details:
+        return None
+    digest = str(details.get("digest") or "")
+    return {
+        "path": str(details.get("path") or Workspace().promoted_model(digest)),
+        "digest": digest,
+        "destinations": [str(each) for each in record.details(Phase.PUBLISH).get("destinations") or ()],
+    }
+
+
+def build_serving(plan: Plan, observed: Observed) -> dict[str, Any] | None:
+    endpoint = observed.endpoint
+    if not plan.serving.is_enabled or endpoint is None or endpoint.holder_uid != plan.uid:
+        return None
+    return {
+        "ready": endpoint.is_ready and endpoint.ready_replicas > 0,
+        "url": f"http://{plan.names.endpoint}.{plan.namespace}.svc/v1",
+        "model": plan.run.serving.model_name,
+        "digest": endpoint.digest or None,
+    }

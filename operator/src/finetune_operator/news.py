@@ -1,0 +1,53 @@
+"""The events that a change of status is worth: transitions only. Pure; used by `reconcile`."""
+
+from __future__ import annotations
+
+from .api.v1alpha1 import FineTuneJobStatus
+from .conditions import Reason, Type
+
+Previous = FineTuneJobStatus
+
+
+def select_events(old: Previous, new: Previous) -> list[tuple[str, str, str]]:
+    """Return the events (type, reason, message) that a change of status is worth: transitions only."""
+    before = {each.type: each for each in old.conditions}
+    events = []
+    for each in new.conditions:
+        known = before.get(each.type)
+        if known is not None and (known.status, known.reason) == (each.status, each.reason):
+            continue
+        if each.type == Type.STALLED and each.status == "True":
+            events.append(("Warning", each.reason, each.message))
+        elif each.type in _ANNOUNCED and each.status == "True" and (known is None or known.status != "True"):
+            events.append(("Normal", f"{each.type}", each.message or f"{each.type} holds"))
+        elif each.type == Type.SCHEDULED and each.status == "False":
+            events.append(("Warning", each.reason, each.message))
+    events += _select_attempt_events(old, new)
+    if new.state == "Suspended" and old.state != "Suspended":
+        events.append(("Normal", "Suspended", "the job is suspended"))
+    return events
+
+
+_ANNOUNCED = frozenset(
+    {
+        *(Type.VALIDATED, Type.STORAGE_READY, Type.MODEL_READY, Type.DATASET_READY, Type.PROMOTED, Type.EVALUATED),
+        *(Type.DEPLOYED, Type.SUCCEEDED),
+    }
+)
+
+
+def _select_attempt_events(old: Previous, new: Previous) -> list[tuple[str, str, str]]:
+    known = {each.number: each for each in old.attempts}
+    events = []
+    for attempt in new.attempts:
+        before = known.get(attempt.number)
+        if before is None:
+            events.append(("Normal", "AttemptStarted", f"attempt {attempt.number} starts as Job {attempt.job}"))
+        if attempt.end_time is not None and (before is None or before.end_time is None):
+            failure = new.last_failure
+            is_good = attempt.reason in (Reason.COMPLETED, Reason.SUSPENDED)
+            text = f"attempt {attempt.number} ended: {attempt.reason}"
+            if not is_good and failure is not None:
+                text = f"{text}: {failure.message}"[:1000]
+            events.append(("Normal" if is_good else "Warning", "AttemptEnded", text))
+    return events

@@ -1,0 +1,154 @@
+"""The run configuration and the credentials that follow from a job's spec, before anything has run.
+
+Pure; used by `plan` only. Every default is resolved here, so that no pod has to guess.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from finetune_contract.reports import Phase
+from finetune_contract.run_config import (
+    CheckpointConfig,
+    DatasetConfig,
+    Destination,
+    EvaluationConfig,
+    FilterConfig,
+    JobIdentity,
+    PromotionConfig,
+    RunConfig,
+    Source,
+    Topology,
+)
+
+from . import recipes
+from .api.v1alpha1 import FineTuneJob, FineTuneJobSpec
+from .settings import Settings
+
+
+def resolve_run(job: FineTuneJob, settings: Settings) -> RunConfig:
+    spec, meta = job.spec, job.metadata
+    gpus = spec.resources.gpus_per_node
+    evaluation = spec.evaluation
+    return RunConfig(
+        model=Source(spec.model.source, spec.model.revision or "", secret_prefix=_prefix(spec.model, "MODEL")),
+        dataset=_resolve_dataset(spec),
+        job=JobIdentity(meta.namespace, meta.name, meta.uid),
+        trust_remote_code=settings.limits.trust_remote_code,
+        training=recipes.resolve_training(spec.training),
+        topology=Topology(
+            nodes=spec.resources.nodes,
+            gpus_per_node=gpus,
+            processes_per_node=spec.resources.processes_per_node or max(1, gpus),
+        ),
+        checkpoint=_resolve_checkpoint(spec),
+        evaluation=EvaluationConfig(
+            evaluation.holdout, evaluation.baseline, tuple(evaluation.tasks), evaluation.limit or 0
+        ),
+        promotion=PromotionConfig(
+            select="best" if spec.checkpoint.retention.best.count else "last",
+            destinations=tuple(
+                Destination(each.destination, _prefix(each, f"DESTINATION_{index}"))
+                for index, each in enumerate(spec.promotion.destinations)
+            ),
+        ),
+    )
+
+
+def _resolve_dataset(spec: FineTuneJobSpec) -> DatasetConfig:
+    dataset = spec.dataset
+    if dataset.source is not None:
+        sources: tuple[Source, ...] = (
+            Source(dataset.source, dataset.revision or "", dataset.format, 1.0, _prefix(dataset, "DATASET_0")),
+        )
+    else:
+        sources = tuple(
+            Source(
+                each.source,
+                each.revision or "",
+                each.format or dataset.format,
+                float(each.weight),
+                _prefix(each, f"DATASET_{index}"),
+            )
+            for index, each in enumerate(dataset.sources)
+        )
+    rules = dataset.filter
+    return DatasetConfig(
+        sources=sources,
+        fields=dataset.fields.to_dict() if dataset.fields else {},
+        prompt_template=dataset.prompt_template or recipes.PROMPTS[spec.training.recipe],
+        filter=FilterConfig(
+            rules.refusals, rules.rules, tuple(rules.extra_phrases), tuple(rules.fields), rules.language or ""
+        ),
+        holdout_fraction=float(dataset.holdout_fraction),
+        max_bad_rows=dataset.max_bad_rows,
+        seed=dataset.seed,
+    )
+
+
+def _prefix(owner: Any, name: str) -> str:
+    """Return the prefix of the owner's credential variables; empty when the pod's identity is used."""
+    return f"FINETUNE_{name}_" if owner.secret_ref is not None else ""
+
+
+def _resolve_checkpoint(spec: FineTuneJobSpec) -> CheckpointConfig:
+    checkpoint = spec.checkpoint
+    best, mirror = checkpoint.retention.best, checkpoint.mirror
+    steps = 0 if checkpoint.every_minutes else recipes.SAVE_STEPS
+    return CheckpointConfig(
+        every_steps=checkpoint.every_steps or steps,
+        every_minutes=checkpoint.every_minutes or 0,
+        keep_latest=checkpoint.retention.latest,
+        keep_best=best.count,
+        best_metric=best.metric,
+        best_mode=best.mode,
+        resume=checkpoint.resume,
+        mirror=mirror.destination if mirror else "",
+        mirror_secret_prefix=_prefix(mirror, "MIRROR") if mirror else "",
+    )
+
+
+def resolve_secrets(spec: FineTuneJobSpec) -> dict[Phase, tuple[Mapping[str, Any], ...]]:
+    def entry(owner: Any, name: str) -> tuple[dict[str, Any], ...]:
+        if owner is None or owner.secret_ref is None:
+            return ()
+        return ({"prefix": f"FINETUNE_{name}_", "secretRef": {"name": owner.secret_ref.name}},)
+
+    model = entry(spec.model, "MODEL")
+    if spec.dataset.source is not None:
+        inputs = (*model, *entry(spec.dataset, "DATASET_0"))
+    else:
+        each = (entry(source, f"DATASET_{index}") for index, source in enumerate(spec.dataset.sources))
+        inputs = (*model, *(found for group in each for found in group))
+    destinations = (entry(each, f"DESTINATION_{index}") for index, each in enumerate(spec.promotion.destinations))
+    mirror = entry(spec.checkpoint.mirror, "MIRROR")
+    tracking = spec.training.tracking
+    trackers = [tracking.wandb, tracking.mlflow] if tracking else []
+    plain = tuple(
+        {"secretRef": {"name": tracker.secret_ref.name}} for tracker in trackers if tracker and tracker.secret_ref
+    )
+    return {
+        Phase.INSPECT: inputs,
+        Phase.PREPARE: inputs,
+        Phase.TRAIN: (*mirror, *plain),
+        Phase.PROMOTE: mirror,
+        Phase.EVALUATE: model,
+        Phase.PUBLISH: tuple(found for group in destinations for found in group),
+        Phase.SERVE: (),
+    }
+
+
+def resolve_tracking(spec: FineTuneJobSpec) -> tuple[Mapping[str, Any], ...]:
+    tracking = spec.training.tracking
+    if tracking is None:
+        return ()
+    values: dict[str, str | None] = {}
+    if tracking.wandb:
+        values |= {"WANDB_PROJECT": tracking.wandb.project, "WANDB_ENTITY": tracking.wandb.entity}
+    if tracking.mlflow:
+        values |= {
+            "MLFLOW_TRACKING_URI": tracking.mlflow.tracking_uri,
+            "MLFLOW_EXPERIMENT_NAME": tracking.mlflow.experiment,
+        }
+    return tuple({"name": name, "value": value} for name, value in values.items() if value)
