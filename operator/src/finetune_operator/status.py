@@ -73,8 +73,9 @@ def build_invalid_status(
         Type.READY: ("False", reason, message),
         Type.RECONCILING: ("False", reason, message),
         Type.STALLED: ("True", reason, message),
-        Type.VALIDATED: ("False", reason, message),
     }
+    if reason != Reason.OBJECT_REFUSED:
+        wanted[Type.VALIDATED] = ("False", reason, message)
     for each in previous.conditions:
         if Type(each.type) not in wanted:
             wanted[Type(each.type)] = (each.status, each.reason, each.message)

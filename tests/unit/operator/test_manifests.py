@@ -177,7 +177,7 @@ def test_training_refuses_voluntary_eviction_and_leaves_excluded_nodes_alone():
     ]
     budget = build_disruption_budget(plan)["spec"]
     labels = template["metadata"]["labels"]
-    assert budget["maxUnavailable"] == 0
+    assert budget["minAvailable"] > 1024
     assert budget["selector"]["matchLabels"].items() <= labels.items()
 
 

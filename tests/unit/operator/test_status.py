@@ -218,6 +218,12 @@ def test_a_job_that_cannot_be_planned_keeps_what_is_known_and_calls_for_help():
     assert (status.dataset, status.state, status.observed_generation) == (before.dataset, "Training", 2)
 
 
+def test_a_refused_object_does_not_make_the_spec_invalid():
+    before = build(running_world(), Wait(TRAINING))
+    held = conditions(build_invalid_status("exceeded quota", "ObjectRefused", before, 1, NOW))
+    assert (held["Validated"], held["Stalled"]) == ("True", "True")
+
+
 def test_a_status_survives_the_api_server():
     status = build(running_world(progress=make_progress(**{Metric.STEP: 1.0})), Wait(TRAINING))
     again = FineTuneJobStatus.model_validate(status.to_dict(), by_alias=True, by_name=False)

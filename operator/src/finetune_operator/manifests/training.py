@@ -19,6 +19,8 @@ GRACE_SECONDS = 120
 LOST_NODE_SECONDS = 60
 """How long a node may be unreachable before its pod is given up; Kubernetes' default is 300."""
 METRICS_PORT = 9464
+MORE_THAN_ANY_NODES = 1025
+"""With fewer healthy pods than this no eviction is allowed; `resources.nodes` is at most 1024."""
 SAFE_TO_EVICT = "cluster-autoscaler.kubernetes.io/safe-to-evict"
 
 
@@ -45,7 +47,8 @@ def build_disruption_budget(plan: Plan) -> dict[str, Any]:
         "kind": "PodDisruptionBudget",
         "metadata": build_metadata(plan, plan.names.training_service, Phase.TRAIN),
         "spec": {
-            "maxUnavailable": 0,
+            # Kubernetes cannot tell how many pods a Job should have, and complains when maxUnavailable makes it ask.
+            "minAvailable": MORE_THAN_ANY_NODES,
             "selector": {
                 "matchLabels": {naming.LABEL_JOB: plan.name, naming.LABEL_COMPONENT: Phase.TRAIN.value},
             },
