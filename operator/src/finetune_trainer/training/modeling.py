@@ -62,19 +62,34 @@ def choose_pad_token(tokenizer: Any) -> int:
     return int(tokenizer.eos_token_id if pad is None else pad)
 
 
-def load_model(folder: pathlib.Path, dtype: str, trust_remote_code: bool = False) -> Any:
-    """Load a causal language model from a folder. `dtype` is a torch name, or auto for that of the weights."""
+def load_model(
+    folder: pathlib.Path, dtype: str, trust_remote_code: bool = False, *, is_partitioned: bool = False
+) -> Any:
+    """Load a causal language model whose folder holds every tensor of the architecture.
+
+    `dtype` is a torch name, or auto for that of the weights. A library's default is to fill a missing tensor with
+    random numbers and to say so in a log line; here it is an error. `is_partitioned`: under ZeRO-3, where a rank sees
+    parts of the tensors only.
+    """
     from transformers import AutoModelForCausalLM
 
     with _reading(folder, "the weights"):
-        return AutoModelForCausalLM.from_pretrained(
+        model, found = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             local_files_only=True,
             use_safetensors=True,
             attn_implementation=choose_attention(read_config(folder, trust_remote_code)),
+            ignore_mismatched_sizes=not is_partitioned,
+            output_loading_info=True,
         )
+        if found["mismatched_keys"]:
+            name, saved, wanted = min(found["mismatched_keys"])
+            raise ValueError(f"tensor {name} has shape {tuple(saved)}, the configuration says {tuple(wanted)}")
+        if found["missing_keys"]:
+            raise ValueError(f"{len(found['missing_keys'])} tensors are missing, the first is {min(found['missing_keys'])}")
+    return model
 
 
 def choose_attention(config: Any) -> str:
@@ -95,13 +110,24 @@ def limit_length(config: Any) -> int:
 @contextlib.contextmanager
 def _reading(folder: pathlib.Path, part: str) -> Iterator[None]:
     """Turn whatever a library says about a model folder into one error."""
+    from safetensors import SafetensorError
+
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
+    except RuntimeError as error:
+        # The library's words for tensors of other shapes; any other error of this type is no fault of the folder.
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise _invalid(folder, f"{part} cannot be loaded: tensors have other shapes than config.json says") from error
+    except (SafetensorError, OSError, ValueError, KeyError, ImportError, AttributeError) as error:
         line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise TrainerError(
-            Reason.MODEL_INVALID,
-            ExitCode.NO_INPUT,
-            f"{folder}: {part} cannot be loaded: {line}",
-            "Check spec.model: it must be a causal language model in Hugging Face layout with safetensors weights.",
-        ) from error
+        raise _invalid(folder, f"{part} cannot be loaded: {line}") from error
+
+
+def _invalid(folder: pathlib.Path, problem: str) -> TrainerError:
+    return TrainerError(
+        Reason.MODEL_INVALID,
+        ExitCode.NO_INPUT,
+        f"{folder}: {problem}",
+        "Check spec.model: it must be a causal language model in Hugging Face layout with safetensors weights.",
+    )

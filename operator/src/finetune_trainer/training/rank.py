@@ -94,7 +94,12 @@ def _build_trainer(inputs: Inputs, arguments: Any, keeper: Any) -> Any:
 
     run = inputs.run
     set_seed(run.training.seed)
-    model = modeling.load_model(inputs.base_model, torch_dtype(run.training.precision), run.trust_remote_code)
+    model = modeling.load_model(
+        inputs.base_model,
+        torch_dtype(run.training.precision),
+        run.trust_remote_code,
+        is_partitioned=run.training.zero_stage == 3,
+    )
     trainer = ContractTrainer(
         model=model,
         args=arguments,

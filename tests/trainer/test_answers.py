@@ -1,0 +1,204 @@
+"""What a model is worth and what it answers: held-out loss, tasks, the command line, and HTTP."""
+
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+
+import pytest
+
+from finetune_contract.reports import ExitCode, Reason
+from finetune_trainer.__main__ import main
+from finetune_trainer.data.prompts import encode_example
+from tests.support.waiting import eventually
+from tests.trainer.conftest import SMALL, Run
+
+QUESTION = "What does path.joins do?"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, models, data):
+    """A workspace with a promoted model that has learned something."""
+    settings = (*SMALL, "training.learning_rate=0.01", "checkpoint.every_steps=0", "evaluation.baseline=true")
+    run = Run(tmp_path_factory.mktemp("run"), models["llama"], data, settings)
+    run.train("training.max_steps=60")
+    assert run.call("promote") == 0
+    return run
+
+
+@pytest.fixture(scope="module")
+def folder(run):
+    return run.workspace.promoted_model(run.report("promote")["details"]["digest"])
+
+
+def _generate(capsys, folder, *words):
+    capsys.readouterr()
+    assert main(["generate", "--model", str(folder), "--prompt", QUESTION, *words]) == 0
+    return capsys.readouterr().out
+
+
+def _loss_by_hand(folder, path):
+    """The mean over all answer tokens, row by row, from the probabilities themselves."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    paid, answers = [], []
+    for line in path.read_text().splitlines():
+        encoded = encode_example(json.loads(line)["messages"], "wizardlm", tokenizer)
+        with torch.inference_mode():
+            odds = model(torch.tensor([encoded.input_ids])).logits[0].float().log_softmax(-1)
+        for place in range(1, len(encoded.input_ids)):
+            if encoded.answer_mask[place]:
+                paid.append(-odds[place - 1, encoded.input_ids[place]].item())
+                answers.append(encoded.input_ids[place])
+    entropy = -sum(
+        answers.count(token) / len(answers) * math.log(answers.count(token) / len(answers)) for token in set(answers)
+    )
+    return sum(paid) / len(paid), entropy
+
+
+def test_held_out_loss_is_that_of_every_answer_token_and_below_the_base_s(run, folder, data):
+    assert run.call("evaluate") == 0
+
+    details = run.report("evaluate")["details"]
+    scores = details["scores"]["holdout"]
+    loss, entropy = _loss_by_hand(folder, data / "holdout.jsonl")
+    base_loss, _ = _loss_by_hand(run.model, data / "holdout.jsonl")
+    # Padding changes the order of additions in 16 bits.
+    assert scores["loss"] == pytest.approx(loss, rel=5e-3)
+    assert scores["unigram_entropy"] == pytest.approx(entropy, rel=1e-5)
+    assert scores["perplexity"] == pytest.approx(math.exp(scores["loss"]), rel=1e-4)
+    assert details["baseline"]["holdout"]["loss"] == pytest.approx(base_loss, rel=5e-3)
+    assert scores["loss"] < scores["unigram_entropy"] < details["baseline"]["holdout"]["loss"]
+
+
+def test_a_local_task_is_scored_for_the_model_and_its_base(run):
+    tasks = run.root / "tasks"
+    tasks.mkdir()
+    rows = [{"question": f"What does {w}.opens do?", "good": f"It opens the {w}", "bad": "zq xj"} for w in ("list", "dict")]
+    (tasks / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tasks / "opens.yaml").write_text(
+        "task: opens\ndataset_path: json\ndataset_kwargs: {data_files: {test: rows.jsonl}}\ntest_split: test\n"
+        "output_type: multiple_choice\ndoc_to_text: \"{{question}}\\n\\n### Response:\"\n"
+        "doc_to_choice: \"{{[good, bad]}}\"\ndoc_to_target: 0\ntarget_delimiter: \"\"\n"
+        "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
+    )
+
+    assert run.call("evaluate", "--task", "tasks/opens.yaml", "evaluation.holdout=false", "--limit", "2") == 0
+    details = run.report("evaluate")["details"]
+    assert details["scores"] == {"opens": {"acc": 1.0}}
+    assert set(details["baseline"]) == {"opens"}
+
+
+def test_an_unknown_task_is_named(run):
+    assert run.call("evaluate", "--task", "tasks/absent.yaml", "evaluation.holdout=false") == ExitCode.NO_INPUT
+    report = run.report("evaluate")
+    assert report["reason"] == Reason.EVALUATION_FAILED
+    assert "tasks/absent.yaml" in report["message"]
+
+
+def test_generate_prints_the_answer_alone_or_as_json(folder, capsys):
+    text = _generate(capsys, folder)
+    answer = json.loads(_generate(capsys, folder, "--json"))
+
+    assert text == answer["text"] + "\n"
+    assert text.startswith("It ")
+    assert answer["has_ended"]
+    assert answer["token_ids"] == json.loads(_generate(capsys, folder, "--json"))["token_ids"]
+
+
+def test_generate_needs_a_chat_template(models, capsys):
+    assert main(["generate", "--model", str(models["llama"]), "--prompt", "x"]) == ExitCode.NO_INPUT
+    assert "chat template" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def server(folder, tmp_path_factory):
+    """The real server on a free port: its URL and its process."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = (tmp_path_factory.mktemp("server") / "log").open("w+")
+    words = ["serve", "--promoted", str(folder), "--name", "tiny", "--port", str(port)]
+    process = subprocess.Popen([sys.executable, "-m", "finetune_trainer", *words], stdout=log, stderr=log)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        eventually(lambda: _is_healthy(url, process), within=120, otherwise=lambda: open(log.name).read())
+        yield url, process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _is_healthy(url, process):
+    assert process.poll() is None, "the server ended"
+    try:
+        return urllib.request.urlopen(f"{url}/health", timeout=30).status == 200
+    except OSError:
+        return False
+
+
+def _post(server, path, body):
+    request = urllib.request.Request(
+        server[0] + path, data=json.dumps(body).encode(), headers={"content-type": "application/json"}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return response.status, response.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def test_a_greedy_answer_over_http_is_that_of_generate_token_for_token(server, folder, capsys):
+    reference = json.loads(_generate(capsys, folder, "--json", "--max-new-tokens", "24"))
+    body = {"model": "tiny", "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 24, "temperature": 0}
+
+    status, text = _post(server, "/v1/chat/completions", body)
+
+    answer = json.loads(text)
+    assert status == 200
+    assert answer["choices"][0]["message"]["content"] == reference["text"]
+    assert answer["usage"]["prompt_tokens"] == reference["num_prompt_tokens"]
+    assert answer["usage"]["completion_tokens"] == len(reference["token_ids"])
+    assert answer["model"] == "tiny"
+
+
+def test_the_answer_is_greedy_by_default_and_the_same_when_streamed(server, folder, capsys):
+    reference = json.loads(_generate(capsys, folder, "--json"))
+    body = {"model": "tiny", "messages": [{"role": "user", "content": QUESTION}], "stream": True}
+
+    status, text = _post(server, "/v1/chat/completions", body)
+
+    chunks = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
+    streamed = "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks if chunk["choices"])
+    assert status == 200
+    assert streamed == reference["text"]
+
+
+def test_plain_completions_work_for_the_one_model_and_it_is_the_only_one(server):
+    status, text = _post(server, "/v1/completions", {"model": "tiny", "prompt": "It ", "max_tokens": 3, "temperature": 0})
+    models = json.load(urllib.request.urlopen(f"{server[0]}/v1/models", timeout=30))
+
+    assert status == 200
+    assert json.loads(text)["usage"]["completion_tokens"] <= 3
+    assert [model["id"] for model in models["data"]] == ["tiny"]
+    assert _post(server, "/v1/completions", {"model": "gpt2", "prompt": "x"})[0] == 400
+
+
+@pytest.mark.parametrize("path", ["/load_model", "/reset", "/v1/responses"])
+def test_nobody_can_load_or_unload_models(server, path):
+    assert _post(server, path, {"model": "gpt2", "input": "x"})[0] == 404
+
+
+def test_the_server_ends_on_sigterm(server):
+    process = server[1]
+    os.kill(process.pid, signal.SIGTERM)
+
+    assert process.wait(timeout=60) == ExitCode.OK
