@@ -1,7 +1,7 @@
-"""Several ranks on CPUs, without a cluster: the stack is imported once, and every run forks its ranks from this process.
+"""Several ranks on CPUs, without a cluster: the stack is imported once, and every run forks its ranks from here.
 
-A run is the real command, called in this process: `train(...)` returns its exit code and report. `start(...)` runs it in
-a child instead, for tests that kill it.
+A run is the real command, called in this process: `train(...)` returns its results. `start(...)` runs it in a child
+instead, for tests that kill it.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import pathlib
 import signal
 import socket
 import subprocess
@@ -82,12 +83,14 @@ def test_held_out_loss_is_that_of_every_answer_token_and_below_the_base_s(run, f
 def test_a_local_task_is_scored_for_the_model_and_its_base(run):
     tasks = run.root / "tasks"
     tasks.mkdir()
-    rows = [{"question": f"What does {w}.opens do?", "good": f"It opens the {w}", "bad": "zq xj"} for w in ("list", "dict")]
+    rows = [
+        {"question": f"What does {w}.opens do?", "good": f"It opens the {w}", "bad": "zq xj"} for w in ("list", "dict")
+    ]
     (tasks / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tasks / "opens.yaml").write_text(
         "task: opens\ndataset_path: json\ndataset_kwargs: {data_files: {test: rows.jsonl}}\ntest_split: test\n"
-        "output_type: multiple_choice\ndoc_to_text: \"{{question}}\\n\\n### Response:\"\n"
-        "doc_to_choice: \"{{[good, bad]}}\"\ndoc_to_target: 0\ntarget_delimiter: \"\"\n"
+        'output_type: multiple_choice\ndoc_to_text: "{{question}}\\n\\n### Response:"\n'
+        'doc_to_choice: "{{[good, bad]}}"\ndoc_to_target: 0\ntarget_delimiter: ""\n'
         "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
     )
 
@@ -130,7 +133,7 @@ def server(folder, tmp_path_factory):
     process = subprocess.Popen([sys.executable, "-m", "finetune_trainer", *words], stdout=log, stderr=log)
     url = f"http://127.0.0.1:{port}"
     try:
-        eventually(lambda: _is_healthy(url, process), within=120, otherwise=lambda: open(log.name).read())
+        eventually(lambda: _is_healthy(url, process), within=120, otherwise=lambda: pathlib.Path(log.name).read_text())
         yield url, process
     finally:
         process.kill()
@@ -183,7 +186,9 @@ def test_the_answer_is_greedy_by_default_and_the_same_when_streamed(server, fold
 
 
 def test_plain_completions_work_for_the_one_model_and_it_is_the_only_one(server):
-    status, text = _post(server, "/v1/completions", {"model": "tiny", "prompt": "It ", "max_tokens": 3, "temperature": 0})
+    status, text = _post(
+        server, "/v1/completions", {"model": "tiny", "prompt": "It ", "max_tokens": 3, "temperature": 0}
+    )
     models = json.load(urllib.request.urlopen(f"{server[0]}/v1/models", timeout=30))
 
     assert status == 200

@@ -54,8 +54,10 @@ def test_the_last_checkpoint_is_promoted_under_the_digest_of_its_content(run):
     report = run.report("promote")
 
     assert report["details"]["checkpoint_step"] == 4
-    assert folder.name == report["details"]["digest"] == promoted.make_digest(
-        seal_files(folder, promoted.list_content(folder))
+    assert (
+        folder.name
+        == report["details"]["digest"]
+        == promoted.make_digest(seal_files(folder, promoted.list_content(folder)))
     )
     saved = load_file(run.workspace.checkpoints / "checkpoint-4" / "model.safetensors")
     served = load_file(folder / "model.safetensors")

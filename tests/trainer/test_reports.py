@@ -148,8 +148,11 @@ def test_a_full_volume_ends_the_run_with_the_numbers_and_the_last_checkpoint_who
     assert run.train("training.max_steps=8")["resumed_from_step"] == 2
 
 
-def test_a_volume_that_fills_up_during_a_save_costs_that_save_only(make_run, small_volume):
-    run = make_run("llama", "unused", "checkpoint.every_steps=2", "checkpoint.keep_latest=1", "training.logging_steps=1")
+def test_a_volume_that_fills_up_during_a_save_costs_that_save_only(make_run, small_volume, tmp_path, monkeypatch):
+    monkeypatch.setenv("FINETUNE_TERMINATION_LOG", str(tmp_path / "termination"))
+    run = make_run(
+        "llama", "unused", "checkpoint.every_steps=2", "checkpoint.keep_latest=1", "training.logging_steps=1"
+    )
     run.root = small_volume
     run.train("training.max_steps=2")
     # Room for what the check asks for, taken away once the save has begun to write.
@@ -158,10 +161,10 @@ def test_a_volume_that_fills_up_during_a_save_costs_that_save_only(make_run, sma
     eventually(lambda: _fill_when(begun, small_volume), within=120, every=0.001)
     code = reap(pid)
 
-    report = json.loads((small_volume / "reports" / "train.json").read_text())
-    if code == ExitCode.STORAGE_FULL:
-        assert report["reason"] == Reason.STORAGE_FULL
-    assert code == ExitCode.STORAGE_FULL, report
+    report = json.loads((tmp_path / "termination").read_text())
+    assert (code, report["reason"]) == (ExitCode.STORAGE_FULL, Reason.STORAGE_FULL), report
+    assert "the workspace filled up while checkpoint-4 was written" in report["message"]
+    assert not begun.exists()
     newest = max(run.manifests())
     (small_volume / "ballast").unlink()
     assert run.train(f"training.max_steps={newest + 2}")["resumed_from_step"] == newest

@@ -16,6 +16,9 @@ from finetune_trainer.errors import TrainerError
 SLACK = 1.02
 """Share of its size by which a checkpoint may exceed the last one."""
 
+FULL_BYTES = 1 << 20
+"""A volume with less than this left counts as full when a save has failed."""
+
 
 def estimate_checkpoint_bytes(num_trained: int, num_saved: int, zero_stage: int) -> int:
     """Return the size of a checkpoint: optimizer state in fp32, 16-bit weights, and a second copy below ZeRO-3."""
@@ -50,6 +53,17 @@ def require_room(root: pathlib.Path, needed_bytes: int) -> None:
         "the checkpoints before it are whole",
         "Raise spec.workspace.size, or lower spec.checkpoint.retention.latest.",
         {"needed_bytes": needed_bytes, "free_bytes": free},
+    )
+
+
+def build_full_error(when: str, free_bytes: int) -> TrainerError:
+    """Return the error for a volume that filled up although there was room when it was checked."""
+    return TrainerError(
+        Reason.STORAGE_FULL,
+        ExitCode.STORAGE_FULL,
+        f"the workspace filled up {when}: {format_bytes(free_bytes)} were left; the checkpoints before it are whole",
+        "Raise spec.workspace.size, or lower spec.checkpoint.retention.latest.",
+        {"free_bytes": free_bytes},
     )
 
 

@@ -32,7 +32,7 @@ from finetune_trainer.checkpoints.resume import (
     quarantine,
 )
 from finetune_trainer.distributed import ControlGroup
-from finetune_trainer.errors import TrainerError
+from finetune_trainer.errors import TrainerError, is_disk_full
 from finetune_trainer.reporting import emit, emit_warning, now_text
 
 
@@ -132,6 +132,19 @@ class CheckpointKeeper:
         self.kept, self.best = self.group.decide(lambda: self._commit_once(folder, step, files, metrics))
         self.latest_complete = step
         self.last_seconds = time.monotonic() - self._started
+
+    def abandon(self, step: int, error: Exception) -> None:
+        """After a save that failed: on a full volume, remove what was written and raise the error with the numbers.
+
+        Libraries say it in many ways, some without the system's error; so the volume itself is asked.
+        """
+        free = disk.read_free_bytes(self.root)
+        if isinstance(error, TrainerError) or (free > disk.FULL_BYTES and not is_disk_full(error)):
+            return
+        folder = self.root / layout.checkpoint_name(step)
+        if not (folder / layout.MANIFEST).exists():
+            retention.delete_checkpoint(folder)
+        raise disk.build_full_error(f"while {folder.name} was written", free) from error
 
     def _commit_once(
         self, folder: pathlib.Path, step: int, files: Mapping[str, FileEntry], metrics: Mapping[str, float]

@@ -88,7 +88,9 @@ def load_model(
             name, saved, wanted = min(found["mismatched_keys"])
             raise ValueError(f"tensor {name} has shape {tuple(saved)}, the configuration says {tuple(wanted)}")
         if found["missing_keys"]:
-            raise ValueError(f"{len(found['missing_keys'])} tensors are missing, the first is {min(found['missing_keys'])}")
+            raise ValueError(
+                f"{len(found['missing_keys'])} tensors are missing, the first is {min(found['missing_keys'])}"
+            )
     return model
 
 

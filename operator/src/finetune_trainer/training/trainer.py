@@ -18,8 +18,12 @@ class ContractTrainer(SFTTrainer):  # type: ignore[misc]
         if self.keeper.latest_complete == self.state.global_step:
             return
         self.keeper.before_save()
-        super()._save_checkpoint(model, trial)
-        self.keeper.commit(self.state.global_step, self._read_metrics())
+        try:
+            super()._save_checkpoint(model, trial)
+            self.keeper.commit(self.state.global_step, self._read_metrics())
+        except Exception as error:
+            self.keeper.abandon(self.state.global_step, error)
+            raise
 
     def commit_last(self) -> None:
         """Make the end of training a checkpoint, whatever the save interval; nothing is saved twice."""
