@@ -224,7 +224,10 @@ class Kubelet:
                     self.delete(pod)
                 elif pod["status"].get("phase") != "Running":
                     self.run(pod)
-            status = self.rest.get(path)["status"]
-            return status.get("availableReplicas", 0) >= wanted and status.get("updatedReplicas", 0) >= wanted
+            deployment = self.rest.get(path)
+            status, counts = deployment["status"], ("replicas", "updatedReplicas", "availableReplicas")
+            # Counts of the generation before this one would end the play too early.
+            is_current = status.get("observedGeneration", 0) >= deployment["metadata"]["generation"]
+            return is_current and all(status.get(name, 0) == wanted for name in counts)
 
         eventually(is_done, within=30, every=0.2, otherwise=f"Deployment {endpoint} never became available")
