@@ -51,6 +51,22 @@ def test_other_content_on_the_volume_is_never_overwritten(run_command, settings,
     assert not (copy / "COMPLETE").exists()
 
 
+@pytest.mark.parametrize("is_complete", [True, False])
+def test_the_same_model_from_another_run_is_there_already_with_its_first_account(
+    run_command, settings, tmp_path, is_complete
+):
+    model = tmp_path / "workspace" / "output" / DIGEST
+    (model / "provenance.json").write_text("the first run")
+    assert run_command("publish", settings=to(settings, "pvc://exports")).code == 0
+    copy = tmp_path / "workspace" / "exports" / DIGEST
+    (model / "provenance.json").write_text("a later run")
+    if not is_complete:
+        (copy / "COMPLETE").unlink()
+    assert run_command("publish", settings=to(settings, "pvc://exports")).code == 0
+    assert (copy / "provenance.json").read_text() == "the first run"
+    assert (copy / "COMPLETE").exists()
+
+
 def test_a_copy_damaged_on_its_way_is_not_kept(run_command, settings, tmp_path, monkeypatch):
     real = publishing.hash_file
     monkeypatch.setattr(publishing, "hash_file", lambda path: "bad" if path.name.endswith(".partial") else real(path))

@@ -25,6 +25,7 @@ from finetune_trainer.errors import TrainerError
 from finetune_trainer.promotion import promoted
 from finetune_trainer.promotion.provenance import build_provenance
 from finetune_trainer.reporting import emit, emit_warning, write_json
+from finetune_trainer.storage.publish import PROVENANCE
 from finetune_trainer.training import modeling
 
 ADAPTER = "adapter"
@@ -60,7 +61,7 @@ def promote(run: RunConfig) -> Promotion:
         _write_companions(run, base, beside)
         num_parameters = _verify(run, base, beside)
         digest = promoted.write_manifest(beside)
-        write_json(beside / promoted.PROVENANCE, build_provenance(run, manifest, digest))
+        write_json(beside / PROVENANCE, build_provenance(run, manifest, digest))
         target = _publish(beside, workspace.promoted_model(digest))
     finally:
         shutil.rmtree(beside, ignore_errors=True)

@@ -16,10 +16,9 @@ from finetune_contract.reports import ExitCode, Reason
 from finetune_trainer.checkpoints.manifest import FileEntry, seal_files, sync_folder
 from finetune_trainer.errors import TrainerError
 from finetune_trainer.reporting import write_json
+from finetune_trainer.storage.publish import PROVENANCE
 
 MANIFEST = "finetune-model.json"
-PROVENANCE = "provenance.json"
-"""Where the model comes from; tells when and by whom, so it is no part of the content."""
 
 
 def list_content(folder: pathlib.Path) -> list[str]:

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from finetune_trainer.storage.access import Access
 
 COMPLETE = "COMPLETE"
+PROVENANCE = "provenance.json"
+"""How a model came about. Two runs can make the same model, so this file is no part of what the digest names: the
+account of the run that published first stays."""
 
 Advance = Callable[[int], None]
 
@@ -115,13 +118,20 @@ def _publish(target: Target, digest: str, files: Sequence[LocalFile], access: Ac
 
 
 def _write_unless_same(target: Target, file: LocalFile) -> None:
-    if not target.has_same(file):
+    try:
+        is_there = target.has_same(file)
+    except TrainerError as error:
+        if file.name != PROVENANCE or error.reason is not Reason.INVALID_CONFIG:
+            raise
+        is_there = True
+    if not is_there:
         target.write_file(file)
 
 
 def build_complete(digest: str, files: Sequence[LocalFile]) -> bytes:
-    """Return the content of COMPLETE: the digest and every file's size and SHA-256."""
-    listed = [{"name": file.name, "size": file.size, "sha256": file.sha256} for file in files]
+    """Return the content of COMPLETE: the digest and the size and SHA-256 of every file that it names."""
+    named = [file for file in files if file.name != PROVENANCE]
+    listed = [{"name": file.name, "size": file.size, "sha256": file.sha256} for file in named]
     return (json.dumps({"digest": digest, "files": listed}, indent=1, sort_keys=True) + "\n").encode()
 
 
