@@ -23,30 +23,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serve until asked to stop."""
-    folder, name, port = _choose(args)
+    folder, name, port, trust = _choose(args)
     plain.prepare_libraries()
 
     from finetune_trainer.serving.generate import Generator
     from finetune_trainer.serving.server import serve
 
-    generator = Generator(folder)
+    generator = Generator(folder, trust)
     emit("serving", model=name, folder=str(folder), port=port)
     with contextlib.suppress(StopRequested):
         serve(name, generator, port)
     return ExitCode.OK
 
 
-def _choose(args: argparse.Namespace) -> tuple[pathlib.Path, str, int]:
-    """Return the folder, the name and the port, from the flags or from the run's settings."""
+def _choose(args: argparse.Namespace) -> tuple[pathlib.Path, str, int, bool]:
+    """Return the folder, the name, the port and whether its code is trusted, from the flags or the run's settings."""
     from finetune_trainer.promotion import promoted
 
     if args.promoted:
         folder = pathlib.Path(args.promoted)
         promoted.read_manifest(folder)
-        return folder, args.name or folder.name, args.port or 8000
+        return folder, args.name or folder.name, args.port or 8000, False
     settings: RunConfig = plain.load_settings(args)
     from finetune_trainer.evaluation.evaluate import find_promoted
 
     folder = find_promoted(settings)
     name = args.name or settings.serving.model_name or folder.name
-    return folder, name, args.port or settings.serving.port
+    return folder, name, args.port or settings.serving.port, settings.trust_remote_code

@@ -51,7 +51,7 @@ def find_promoted(run: RunConfig) -> pathlib.Path:
 def _read_holdout(run: RunConfig) -> tokens.TokenizedRows:
     base = modeling.find_base_model(run)
     tokenizer = modeling.load_tokenizer(base, run.trust_remote_code)
-    max_length = min(run.training.max_length, modeling.limit_length(modeling.read_config(base)))
+    max_length = min(run.training.max_length, modeling.limit_length(modeling.read_config(base, run.trust_remote_code)))
     path = find_dataset(run) / "holdout.jsonl"
     rows = tokens.tokenize(tokens.read_conversations(path), run.dataset.prompt_template, tokenizer, max_length)
     if not rows.rows:

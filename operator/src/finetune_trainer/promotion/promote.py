@@ -105,7 +105,8 @@ def select_checkpoint(run: RunConfig, workspace: Workspace) -> Folder:
 
 
 def _count_weight_bytes(folder: pathlib.Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    safe = list(folder.glob("*.safetensors"))
+    return sum(path.stat().st_size for path in safe or folder.glob("*.bin"))
 
 
 def _write_weights(run: RunConfig, chosen: Folder, base: pathlib.Path, beside: pathlib.Path) -> None:

@@ -79,7 +79,6 @@ def load_model(
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             local_files_only=True,
-            use_safetensors=True,
             attn_implementation=choose_attention(read_config(folder, trust_remote_code)),
             ignore_mismatched_sizes=not is_partitioned,
             output_loading_info=True,
@@ -131,5 +130,5 @@ def _invalid(folder: pathlib.Path, problem: str) -> TrainerError:
         Reason.MODEL_INVALID,
         ExitCode.NO_INPUT,
         f"{folder}: {problem}",
-        "Check spec.model: it must be a causal language model in Hugging Face layout with safetensors weights.",
+        "Check spec.model: it must be a causal language model in Hugging Face layout, with all its weights.",
     )

@@ -10,7 +10,7 @@ import logging
 import os
 import pathlib
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from finetune_contract.reports import ExitCode
@@ -51,6 +51,7 @@ def run_rank(inputs: Inputs, attempt: int) -> tuple[int, dict[str, Any]]:
     progress = _add_progress(trainer, inputs, keeper)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.commit_last()
+    _close_trackers(run.training.tracking)
     loss = progress.loss if progress is not None else None
     code = ExitCode.SUSPENDED if saver.has_stopped else ExitCode.OK
     return code, _results(keeper, trainer.state.global_step, total_steps, loss)
@@ -161,6 +162,18 @@ def _add_progress(trainer: Any, inputs: Inputs, keeper: Any) -> Any:
     progress = ProgressCallback(inputs.run, keeper, per_row * rows)
     trainer.add_callback(progress)
     return progress
+
+
+def _close_trackers(tracking: Sequence[str]) -> None:
+    """Send what is left: a rank leaves without running exit handlers."""
+    if "wandb" in tracking:
+        import wandb
+
+        wandb.finish()
+    if "mlflow" in tracking:
+        import mlflow
+
+        mlflow.end_run()
 
 
 def _estimate_bytes(trainer: Any, run: Any) -> int:
