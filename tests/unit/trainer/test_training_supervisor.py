@@ -3,6 +3,7 @@
 import os
 import pathlib
 import signal
+import subprocess
 import sys
 import time
 
@@ -143,6 +144,18 @@ def test_sigterm_reaches_every_rank_and_the_run_ends_suspended(tmp_path):
     assert outcome.exit_code == ExitCode.SUSPENDED
     assert sorted(path.name for path in tmp_path.glob("stopped-*")) == ["stopped-0", "stopped-1"]
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_process_that_a_rank_left_behind_does_not_hold_up_the_end(tmp_path):
+    def work():
+        left = subprocess.Popen(["sleep", "600"], start_new_session=True)
+        (tmp_path / "left").write_text(str(left.pid))
+        return 0, {}
+
+    try:
+        assert run_ranks(work, Topology(), TrainingConfig()).exit_code == 0
+    finally:
+        os.kill(int((tmp_path / "left").read_text()), signal.SIGKILL)
 
 
 def test_ranks_do_not_outlive_a_killed_supervisor(tmp_path):

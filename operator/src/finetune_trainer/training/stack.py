@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 
 from finetune_trainer.reporting import emit
 
-UNUSED = ("mlflow", "wandb", "scipy", "sklearn", "av", "librosa", "torchvision", "torchaudio", "soundfile")
+UNUSED = ("mlflow", "wandb", "boto3", "scipy", "sklearn", "av", "librosa", "torchvision", "torchaudio", "soundfile")
 """Optional packages that cost import time and that training needs only as trackers, if at all."""
 
 

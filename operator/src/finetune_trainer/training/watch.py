@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import math
 import os
 import selectors
 import signal
@@ -20,6 +21,9 @@ from finetune_trainer.training.failures import NUM_TAIL_LINES
 
 GRACE_SECONDS = 3.0
 """Time for the other ranks to note their own errors after one has failed."""
+
+DRAIN_SECONDS = 2.0
+"""Time to read what is left of the output after the last rank has ended."""
 
 
 @dataclasses.dataclass
@@ -41,7 +45,8 @@ class Watch:
         self._selector = selectors.DefaultSelector()
         self._partial: dict[int, bytes] = {}
         self._num_running = 0
-        self._kill_at: float | None = None
+        self._kill_at = math.inf
+        self._drained_at = math.inf
         self._previous: Any = None
 
     def add(self, rank: int, pid: int, reader: int) -> None:
@@ -59,15 +64,16 @@ class Watch:
     def run(self) -> None:
         """Return when every rank has ended and its output has been read."""
         try:
-            while self._selector.get_map():
-                timeout = None if self._kill_at is None else max(0.0, self._kill_at - time.monotonic())
+            while self._selector.get_map() and time.monotonic() < self._drained_at:
+                deadline = min(self._drained_at, self._kill_at)
+                timeout = None if math.isinf(deadline) else max(0.0, deadline - time.monotonic())
                 for key, _ in self._selector.select(timeout):
                     kind, rank = key.data
                     if kind == "output":
                         self._read(key.fd, rank)
                     else:
                         self._reap(key.fd, rank)
-                if self._kill_at is not None and time.monotonic() >= self._kill_at:
+                if time.monotonic() >= self._kill_at:
                     self._kill_rest()
         finally:
             self._close()
@@ -97,11 +103,14 @@ class Watch:
             reaped.exit_code = ExitCode.SUSPENDED
         self._num_running -= 1
         failed = reaped.exit_code not in (ExitCode.OK, ExitCode.SUSPENDED)
-        if failed and self._num_running and self._kill_at is None:
-            self._kill_at = time.monotonic() + GRACE_SECONDS
+        if failed and self._num_running:
+            self._kill_at = min(self._kill_at, time.monotonic() + GRACE_SECONDS)
+        if not self._num_running:
+            # A process that a rank started and left behind may hold the pipe open for ever.
+            self._drained_at = time.monotonic() + DRAIN_SECONDS
 
     def _kill_rest(self) -> None:
-        self._kill_at = None
+        self._kill_at = math.inf
         for reaped in self.ranks.values():
             if not reaped.ended_at:
                 reaped.was_killed_here = True
