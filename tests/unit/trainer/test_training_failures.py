@@ -6,7 +6,7 @@ import pytest
 
 from finetune_contract.reports import ExitCode, Reason
 from finetune_contract.run_config import TrainingConfig
-from finetune_trainer.errors import TrainerError
+from finetune_trainer.errors import TrainerError, as_trainer_error
 from finetune_trainer.training.failures import RankEnd, build_failure, choose_first
 
 TRAINING = TrainingConfig(per_device_batch_size=8, gradient_accumulation_steps=4)
@@ -78,6 +78,16 @@ def test_out_of_memory_names_the_batch_to_try_with_the_same_rows_per_step(batch,
 
     assert f"perDeviceBatchSize to {expected[0]} " in hint
     assert f"gradientAccumulationSteps to {expected[1]}:" in hint
+
+
+def test_out_of_memory_names_the_batch_also_when_the_rank_has_classified_it():
+    own = as_trainer_error(type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory. Tried to allocate 2 GiB"))
+    text = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB"
+
+    failure = build_failure(RankEnd(2, own.exit_code, 1.0, error=own, text=text), TRAINING)
+
+    assert (failure.reason, failure.rank) == (Reason.OUT_OF_MEMORY, 2)
+    assert "perDeviceBatchSize to 4" in failure.hint
 
 
 def test_out_of_memory_at_batch_one_names_other_ways_out():

@@ -77,11 +77,11 @@ def build_failure(end: RankEnd, training: TrainingConfig) -> TrainerError:
 
 
 def _classify(end: RankEnd, training: TrainingConfig) -> TrainerError:
-    if end.error is not None and end.error.reason is not Reason.USER_CODE_ERROR:
-        return end.error
     where, line = f"rank {end.rank}", _last_line(end.text or end.tail)
     if _CUDA_MEMORY.search(end.text):
         return out_of_memory(f"{where}: {line}", training)
+    if end.error is not None and end.error.reason is not Reason.USER_CODE_ERROR:
+        return end.error
     if _DISK.search(end.text):
         hint = "Raise spec.workspace.size, or lower spec.checkpoint.retention.latest."
         return TrainerError(Reason.STORAGE_FULL, ExitCode.STORAGE_FULL, f"{where}: {line}", hint)

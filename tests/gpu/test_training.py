@@ -1,0 +1,80 @@
+"""The same code as on CPUs, on every GPU of the machine: NCCL, both recipes' precisions, resume, and a full GPU."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from finetune_contract.reports import ExitCode, Reason
+from tests.support import tiny_models
+
+ROWS = [
+    (f"What does list.{verb} do?", f"It {verb} the list and returns it.") for verb in ("opens", "joins", "sorts")
+] * 16
+
+
+@pytest.fixture(scope="session")
+def material(tmp_path_factory):
+    """A base model and a prepared data set."""
+    root = tmp_path_factory.mktemp("material")
+    texts = [f"{question}\n\n### Response:{answer}" for question, answer in ROWS]
+    tiny_models.build_tiny_llama(root / "model", texts, vocab_size=400, hidden=64, layers=2)
+    (root / "data").mkdir()
+    for name in ("train", "holdout"):
+        lines = [
+            {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}], "index": i, "source": 0}
+            for i, (q, a) in enumerate(ROWS)
+        ]
+        (root / "data" / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return root
+
+
+def _train(material, workspace, num_gpus, *settings):
+    """Train in a process of its own, as a pod does; return the exit code and the report."""
+    words = ["--model", material / "model", "--data", material / "data", "--workspace", workspace]
+    chosen = (
+        f"topology.gpus_per_node={num_gpus}",
+        f"topology.processes_per_node={num_gpus}",
+        "training.max_length=128",
+        "training.gradient_accumulation_steps=1",
+        "training.learning_rate=0.01",
+        "checkpoint.every_steps=4",
+        *settings,
+    )
+    words += [word for setting in chosen for word in ("--set", setting)]
+    environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
+    command = [sys.executable, "-m", "finetune_trainer", "train", *map(str, words)]
+    code = subprocess.run(command, check=False, env=environment, timeout=540).returncode
+    return code, json.loads((workspace / "reports" / "train.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        ("training.precision=bf16", "training.packing=true"),
+        ("training.precision=fp16", "training.packing=false"),
+        ("training.precision=bf16", "training.method=lora"),
+        ("training.precision=bf16", "training.zero_stage=2"),
+    ],
+)
+def test_a_run_trains_saves_and_resumes(material, tmp_path, num_gpus, recipe):
+    assert _train(material, tmp_path, num_gpus, "training.max_steps=4", *recipe)[0] == ExitCode.OK
+
+    code, report = _train(material, tmp_path, num_gpus, "training.max_steps=8", *recipe)
+
+    assert code == ExitCode.OK, report
+    assert report["details"]["resumed_from_step"] == 4
+    assert report["details"]["step"] == 8
+    assert report["details"]["loss"] < 7
+
+
+def test_a_full_gpu_is_reported_with_the_batch_to_try(material, tmp_path, num_gpus, monkeypatch):
+    # PyTorch may use a sliver of the GPU only: less than the CUDA libraries and this model need together.
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "per_process_memory_fraction:0.0001")
+
+    code, report = _train(material, tmp_path, num_gpus, "training.max_steps=2")
+
+    assert (code, report["reason"]) == (ExitCode.OUT_OF_MEMORY, Reason.OUT_OF_MEMORY), report
+    assert "perDeviceBatchSize to 4" in report["hint"]
