@@ -7,7 +7,7 @@ accelerator. Outside a process group every function acts for one rank alone.
 from __future__ import annotations
 
 import os
-from typing import Any, TypeVar, TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from finetune_trainer.errors import TrainerError, as_trainer_error
 
