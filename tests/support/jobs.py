@@ -13,7 +13,7 @@ from tests.support.waiting import eventually
 SMALL = {
     "model": {"source": "s3://tests/models/tiny", "secretRef": {"name": "s3"}},
     "dataset": {"source": "s3://tests/datasets/small.json", "secretRef": {"name": "s3"}},
-    "training": {"maxSteps": 4, "maxLength": 64, "perDeviceBatchSize": 2, "gradientAccumulationSteps": 1},
+    "training": {"maxSteps": 4, "maxLength": 128, "perDeviceBatchSize": 2, "gradientAccumulationSteps": 1},
     "checkpoint": {"everySteps": 2},
     "resources": {"gpusPerNode": 0, "processesPerNode": 1},
     "inference": {"enabled": False},
@@ -53,6 +53,12 @@ class JobHandle:
         """Return its status, empty before the first write."""
         return self.read().get("status") or {}
 
+    def live_status(self) -> dict[str, Any]:
+        """Return its status; a job that has failed ends the test."""
+        status = self.status()
+        assert status.get("state") != "Failed", self.describe()
+        return status
+
     def condition(self, kind: str) -> dict[str, Any]:
         """Return one condition, empty when it is not there."""
         return next((entry for entry in self.status().get("conditions", ()) if entry["type"] == kind), {})
@@ -66,10 +72,8 @@ class JobHandle:
         """Return the status once its state is one of these; a failure on the way ends the wait."""
 
         def look() -> dict[str, Any] | None:
-            status = self.status()
-            state = status.get("state")
-            assert state in states or state != "Failed", self.describe()
-            return status if state in states else None
+            status = self.status() if "Failed" in states else self.live_status()
+            return status if status.get("state") in states else None
 
         return eventually(look, within=within, otherwise=self.describe)
 

@@ -119,6 +119,8 @@ def build_checkpoints(observed: Observed, previous: Previous) -> dict[str, Any] 
     attempt = observed.record.attempt
     if attempt is not None and attempt.resumed_from_step is not None:
         result["resumed_from"] = attempt.resumed_from_step
+    if attempt is not None and attempt.last_step > (result.get("latest_complete") or 0):
+        result["latest_complete"] = attempt.last_step
     details = observed.record.details(Phase.TRAIN)
     if details:
         kept = details.get("checkpoints")

@@ -35,7 +35,9 @@ def _judge(gate: Gate, scores: Mapping[str, Any], baseline: Mapping[str, Any]) -
             return None
         return (
             Reason.EVALUATION_BELOW_GATE,
-            (f"evaluation: {name} is {score:g}, below the gate's min {gate.min:g}: train on, or lower the gate"),
+            (
+                f"evaluation: {name} is {score:g}, below the gate's min {gate.min:g}: train on, or lower evaluation.gates[].min"
+            ),
         )
     base = _find(baseline, gate)
     if base is None:
@@ -51,7 +53,7 @@ def _judge(gate: Gate, scores: Mapping[str, Any], baseline: Mapping[str, Any]) -
         Reason.EVALUATION_BELOW_GATE,
         (
             f"evaluation: {name} is {score:g} and the base model's {base:g}, worse by {regression:g} where the gate's "
-            f"maxRegression allows {allowed:g}: train on, or raise it"
+            f"maxRegression allows {allowed:g}: train on, or raise evaluation.gates[].maxRegression"
         ),
     )
 
