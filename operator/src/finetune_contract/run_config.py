@@ -55,7 +55,8 @@ class FilterConfig:
     """default or legacy."""
     extra_phrases: tuple[str, ...] = ()
     fields: tuple[str, ...] = ()
-    """Fields that are searched: instruction, input, output; empty: the answers."""
+    """Fields that are searched: instruction, input, output; empty: the answers, and in legacy mode instruction and
+    output, or every turn of a conversation."""
     language: str = ""
     """Two-letter code of the language to apply rules of; empty: all."""
 
@@ -138,9 +139,6 @@ class CheckpointConfig:
     best_mode: str = "min"
     resume: str = "LatestComplete"
     """LatestComplete or Never."""
-    mirror: str = ""
-    """s3:// URL, or empty."""
-    mirror_secret_prefix: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

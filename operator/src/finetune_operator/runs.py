@@ -94,7 +94,7 @@ def _prefix(owner: Any, name: str) -> str:
 
 def _resolve_checkpoint(spec: FineTuneJobSpec) -> CheckpointConfig:
     checkpoint = spec.checkpoint
-    best, mirror = checkpoint.retention.best, checkpoint.mirror
+    best = checkpoint.retention.best
     steps = 0 if checkpoint.every_minutes else recipes.SAVE_STEPS
     return CheckpointConfig(
         every_steps=checkpoint.every_steps or steps,
@@ -104,14 +104,12 @@ def _resolve_checkpoint(spec: FineTuneJobSpec) -> CheckpointConfig:
         best_metric=best.metric,
         best_mode=best.mode,
         resume=checkpoint.resume,
-        mirror=mirror.destination if mirror else "",
-        mirror_secret_prefix=_prefix(mirror, "MIRROR") if mirror else "",
     )
 
 
 def resolve_secrets(spec: FineTuneJobSpec) -> dict[Phase, tuple[Mapping[str, Any], ...]]:
     def entry(owner: Any, name: str) -> tuple[dict[str, Any], ...]:
-        if owner is None or owner.secret_ref is None:
+        if owner.secret_ref is None:
             return ()
         return ({"prefix": f"FINETUNE_{name}_", "secretRef": {"name": owner.secret_ref.name}},)
 
@@ -122,7 +120,6 @@ def resolve_secrets(spec: FineTuneJobSpec) -> dict[Phase, tuple[Mapping[str, Any
         each = (entry(source, f"DATASET_{index}") for index, source in enumerate(spec.dataset.sources))
         inputs = (*model, *(found for group in each for found in group))
     destinations = (entry(each, f"DESTINATION_{index}") for index, each in enumerate(spec.promotion.destinations))
-    mirror = entry(spec.checkpoint.mirror, "MIRROR")
     tracking = spec.training.tracking
     trackers = [tracking.wandb, tracking.mlflow] if tracking else []
     plain = tuple(
@@ -131,8 +128,8 @@ def resolve_secrets(spec: FineTuneJobSpec) -> dict[Phase, tuple[Mapping[str, Any
     return {
         Phase.INSPECT: inputs,
         Phase.PREPARE: inputs,
-        Phase.TRAIN: (*mirror, *plain),
-        Phase.PROMOTE: mirror,
+        Phase.TRAIN: plain,
+        Phase.PROMOTE: (),
         Phase.EVALUATE: model,
         Phase.PUBLISH: tuple(found for group in destinations for found in group),
         Phase.SERVE: (),

@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from finetune_operator.api.base import Model, Rule
-from finetune_operator.api.pods import QuantityMap, SecretRef
-from finetune_operator.api.scalars import Name, Quantity, RelativePath, S3Url, VolumeSize
+from finetune_operator.api.pods import QuantityMap
+from finetune_operator.api.scalars import Name, Quantity, RelativePath, VolumeSize
 
 KeyText = Annotated[str, Field(min_length=1, max_length=317)]
 
@@ -129,15 +129,6 @@ class CheckpointRetention(Model):
     """Which of the best are kept besides."""
 
 
-class Mirror(Model):
-    """A copy of the checkpoints outside the workspace."""
-
-    destination: S3Url
-    """Bucket and prefix, as in s3://bucket/checkpoints."""
-    secret_ref: SecretRef | None = None
-    """Secret with credentials for the bucket."""
-
-
 class Checkpoint(Model):
     """When checkpoints are written, which are kept and which is resumed from."""
 
@@ -149,8 +140,6 @@ class Checkpoint(Model):
     """Which checkpoints are kept."""
     resume: Literal["LatestComplete", "Never"] = "LatestComplete"
     """What an attempt starts from: the newest complete checkpoint, or always the base model."""
-    mirror: Mirror | None = None
-    """A copy of the checkpoints outside the workspace."""
 
     validations = (
         Rule(

@@ -65,8 +65,6 @@ def check_settings(run: RunConfig) -> None:
 def read_inputs(run: RunConfig) -> Inputs:
     """Read and tokenize the data; the slow part of a start besides imports, paid once for all ranks."""
     check_settings(run)
-    if run.checkpoint.mirror:
-        emit_warning("spec.checkpoint.mirror is not carried out: checkpoints are kept on the workspace only")
     base_model = modeling.find_base_model(run)
     config = modeling.read_config(base_model, run.trust_remote_code)
     # Transformers warns of rows longer than the model takes; what is done about them is counted below.
