@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+import tokenizers
 
 from finetune_contract.run_config import DatasetConfig, Source
 from finetune_trainer.data.prepare import Preparation, SourceFile, SourceRows
@@ -257,7 +258,6 @@ def test_prepare_needs_no_torch(instructions, tmp_path):
 
 
 def test_tokens_are_counted_with_the_models_tokenizer(tmp_path):
-    tokenizers = pytest.importorskip("tokenizers")
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     tokenizer.save(str(tmp_path / "tokenizer.json"))
