@@ -13,14 +13,14 @@ def test_a_full_disk_is_named_and_training_goes_on_once_it_has_grown(world, oper
         make_namespace("full"),
         make_job(
             "full",
-            training={"maxSteps": 40},
-            checkpoint={"everySteps": 2},
+            training={"maxSteps": 200},
+            checkpoint={"everySteps": 10},
             workspace={"size": "96Mi", "storageClassName": "limited"},
             evaluation={"holdout": True},
         ),
     )
     complete = eventually(
-        lambda: (job.status().get("checkpoints") or {}).get("latestComplete"), within=300, otherwise=job.describe
+        lambda: (job.live_status().get("checkpoints") or {}).get("latestComplete"), within=300, otherwise=job.describe
     )
     pod = next(pod for pod in job.pods("train") if pod["status"]["phase"] == "Running")
     with pytest.raises(ClusterError, match="No space left"):
@@ -36,4 +36,4 @@ def test_a_full_disk_is_named_and_training_goes_on_once_it_has_grown(world, oper
     job.wait_for_condition("Succeeded", within=420)
     status = job.status()
     assert status["attempts"][-1]["resumedFromStep"] >= complete
-    assert status["checkpoints"]["latestComplete"] == 40
+    assert status["checkpoints"]["latestComplete"] == 200

@@ -15,6 +15,19 @@ from tests.support.waiting import eventually
 
 ZONE = "topology.kubernetes.io/zone"
 ONLY_HERE = {"key": "finetune.dev/placement-test", "operator": "Exists", "effect": "NoSchedule"}
+INSPECTED = ExitReport(
+    "inspect",
+    "Completed",
+    "inspected",
+    details={
+        "model_bytes": 1_000_000,
+        "model_parameters": 250_000,
+        "model_type": "llama",
+        "model_revision": "",
+        "dataset_bytes": 1000,
+        "dataset_revisions": [""],
+    },
+)
 PREPARED = ExitReport(
     "prepare",
     "Completed",
@@ -136,13 +149,24 @@ def placed(world, nodes, make_namespace):
     jobs = {pool.preset: apply_job(world.cluster, namespace, _make_pool_job(pool.preset)) for pool in POOLS}
     result = {}
     for preset, job in jobs.items():
-        prepare = eventually(lambda job=job: _running(job, "prepare", 1), within=180, otherwise=job.describe)[0]
+        prepare = eventually(
+            lambda job=job: _inspect_and_prepare(world, job, nodes), within=120, otherwise=job.describe
+        )
         _end_pod(world, job, prepare, PREPARED)
         train = eventually(lambda job=job: _running(job, "train", 2), within=120, otherwise=job.describe)
         result[preset] = (job, prepare, train)
     yield result
     for job in jobs.values():
         world.cluster.run("delete", "finetunejob", job.name, "-n", job.namespace, "--timeout=60s")
+
+
+def _inspect_and_prepare(world, job, nodes):
+    """Return the running preparation pod; end the inspecting pod before it, where that runs on one of these nodes."""
+    fake = {node["metadata"]["name"] for node in nodes}
+    for pod in _running(job, "inspect", 1) or ():
+        if pod["spec"]["nodeName"] in fake:
+            _end_pod(world, job, pod, INSPECTED)
+    return next(iter(_running(job, "prepare", 1) or ()), None)
 
 
 def _running(job, component, count):

@@ -102,12 +102,14 @@ class JobHandle:
 
     def describe(self) -> str:
         """Say all that a reader of a failed test wants to know: status, pods and their last lines."""
-        try:
-            chosen = ("-n", self.namespace, "-l", f"finetune.dev/job={self.name}")
-            pods = self.cluster.run("get", "pods", *chosen, "-o", "wide")
-            logs = self.cluster.run("logs", *chosen, "--tail=25", "--prefix", "--all-containers")
-        except ClusterError as error:
-            pods, logs = str(error), ""
+        chosen = ("-n", self.namespace, "-l", f"finetune.dev/job={self.name}")
+        told = []
+        for command in (("get", "pods", *chosen, "-o", "wide"), ("logs", *chosen, "--tail=25", "--prefix")):
+            try:
+                told.append(self.cluster.run(*command))
+            except ClusterError as error:
+                told.append(str(error))
+        pods, logs = told
         return f"{self.namespace}/{self.name}: {json.dumps(self.status(), indent=1)}\n{pods}\n{logs}"
 
 

@@ -36,7 +36,8 @@ def _judge(gate: Gate, scores: Mapping[str, Any], baseline: Mapping[str, Any]) -
         return (
             Reason.EVALUATION_BELOW_GATE,
             (
-                f"evaluation: {name} is {score:g}, below the gate's min {gate.min:g}: train on, or lower evaluation.gates[].min"
+                f"evaluation: {name} is {score:g}, below the gate's min {gate.min:g}: "
+                "train on, or lower evaluation.gates[].min"
             ),
         )
     base = _find(baseline, gate)
