@@ -67,7 +67,7 @@ class DatasetFilter(Model):
     extra_phrases: Annotated[list[Annotated[str, Field(min_length=1, max_length=256)]], Field(max_length=1000)] = []
     """Phrases that remove a row, besides the rules."""
     fields: Annotated[list[Literal["instruction", "input", "output"]], Field(max_length=3)] = []
-    """Fields that are searched; by default the answers (`output`)."""
+    """Fields that are searched; by default the answers, with `rules: legacy` instruction and output."""
     language: Annotated[str, Field(pattern="^[a-z]{2}$", max_length=2)] | None = None
     """Two-letter code of the language whose rules apply; by default all."""
 
