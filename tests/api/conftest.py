@@ -79,9 +79,11 @@ def rest(crd):
     return client
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def operator(crd, tmp_path_factory):
-    """One copy of the operator for all namespaces; tests that kill theirs start their own."""
+    """One copy of the operator for all namespaces; tests that kill theirs start their own, and tests that write a
+    status of their own have none beside them.
+    """
     process = OperatorProcess(tmp_path_factory.mktemp("operator"), crd.kubeconfig).start().wait_until_healthy()
     yield process
     process.stop()

@@ -230,4 +230,5 @@ class Kubelet:
             is_current = status.get("observedGeneration", 0) >= deployment["metadata"]["generation"]
             return is_current and all(status.get(name, 0) == wanted for name in counts)
 
-        eventually(is_done, within=30, every=0.2, otherwise=f"Deployment {endpoint} never became available")
+        # A controller manager whose API server was just restarted by another test takes its time to come back.
+        eventually(is_done, within=150, every=0.2, otherwise=f"Deployment {endpoint} never became available")
