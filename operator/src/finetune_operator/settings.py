@@ -113,7 +113,7 @@ class Settings(_Section):
     """Namespaces to work in; empty: all."""
     resync_seconds: float = 30.0
     """How often every job is looked at although nothing was heard of it."""
-    unschedulable_seconds: float = 60.0
+    unschedulable_seconds: float = 45.0
     """How long a pod may be unschedulable before the job says so."""
 
 

@@ -480,6 +480,6 @@ def test_unschedulable_pods_are_looked_at_again_when_the_grace_is_over():
     condition = PodCondition("False", "Unschedulable", "0/1 nodes are available", NOW)
     pod = make_pod(job, phase="Pending", node="", started_at=None, conditions={"PodScheduled": condition})
     world = make_training_world(plan, pod, job=job)
-    early, late = look(plan, world, NOW + seconds(10)), look(plan, world, NOW + seconds(60))
-    assert early.until == NOW + seconds(60)
+    early, late = look(plan, world, NOW + seconds(10)), look(plan, world, NOW + seconds(45))
+    assert early.until == NOW + seconds(45)
     assert (late.situation.reason, late.situation.condition) == ("Unschedulable", "Scheduled")
