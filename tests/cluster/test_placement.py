@@ -150,10 +150,10 @@ def placed(world, nodes, make_namespace):
     result = {}
     for preset, job in jobs.items():
         prepare = eventually(
-            lambda job=job: _inspect_and_prepare(world, job, nodes), within=120, otherwise=job.describe
+            lambda job=job: _inspect_and_prepare(world, job, nodes), within=300, otherwise=job.describe
         )
         _end_pod(world, job, prepare, PREPARED)
-        train = eventually(lambda job=job: _running(job, "train", 2), within=120, otherwise=job.describe)
+        train = eventually(lambda job=job: _running(job, "train", 2), within=300, otherwise=job.describe)
         result[preset] = (job, prepare, train)
     yield result
     for job in jobs.values():
