@@ -6,10 +6,8 @@ SHELL := /bin/bash
 PYTHON ?= python3.11
 CLUSTER ?= default
 CONTEXT ?=
-PYTEST_FLAGS ?=
 BIN := .venv/bin
 CLUSTER_TOOL := $(PYTHON) tests/cluster/cluster.py
-PYTEST := $(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 ##@ Use
 

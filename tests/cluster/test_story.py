@@ -31,7 +31,6 @@ class Seen:
     held: dict
     finished: dict
     answer: str
-    operator_pods: list[str]
     training_jobs: list[str]
     scraped: set[str]
 
@@ -43,7 +42,7 @@ def seen(operator, world, make_namespace):
     status = job.wait_for_state("Training", within=300)
     prepared = status["dataset"]
     killed_at = _kill_training_pod(world, job)
-    operator_pods = [_kill_operator(world, operator)]
+    _kill_operator(world, operator)
     world.tool("stop", "apiserver")
     world.tool("start", "apiserver")
     _wait_for_progress(job, beyond=killed_at)
@@ -59,7 +58,7 @@ def seen(operator, world, make_namespace):
     with world.cluster.forward(namespace, "svc/story", 80) as url:
         answer = ask(url, status["serving"]["model"], "What does `os.getcwd` do?")
     training_jobs = _job_names(world, job)
-    return Seen(job, prepared, killed_at, suspended, held, status, answer, operator_pods, training_jobs, scraped)
+    return Seen(job, prepared, killed_at, suspended, held, status, answer, training_jobs, scraped)
 
 
 def _make_story_job(destination):
@@ -95,12 +94,11 @@ def _kill_training_pod(world, job):
 
 
 def _kill_operator(world, namespace):
-    """Delete the operator's pod without grace; return its name once another one is ready."""
+    """Delete the operator's pod without grace, and wait until another one is ready."""
     selector = "app.kubernetes.io/name=finetune-operator"
     before = world.cluster.read("pods", "-n", namespace, "-l", selector)["items"][0]["metadata"]["name"]
     world.cluster.run("delete", "pod", before, "-n", namespace, "--grace-period=0", "--force")
     world.cluster.run("rollout", "status", "deploy/finetune-operator", "-n", namespace, "--timeout=120s", timeout=130)
-    return before
 
 
 def _wait_for_progress(job, beyond):
@@ -127,6 +125,11 @@ def _suspend(job):
 
 def _wait_for_gate(job):
     return job.wait_for_condition("Evaluated", "False", reason="EvaluationBelowGate", within=420)
+
+
+def _let_finished_pods_go(world, job):
+    job.patch(ttlSecondsAfterFinished=0)
+    eventually(lambda: not _job_names(world, job), within=60, otherwise=job.describe)
 
 
 def _job_names(world, job):
@@ -216,8 +219,7 @@ def test_prometheus_has_the_jobs_metrics(seen):
 
 def test_after_its_time_to_live_the_pods_go_and_the_model_is_still_served(seen, world):
     job = seen.job
-    job.patch(ttlSecondsAfterFinished=0)
-    eventually(lambda: not _job_names(world, job), within=60, otherwise=job.describe)
+    _let_finished_pods_go(world, job)
     endpoint = world.cluster.read("deployment", "story", "-n", job.namespace)
     assert endpoint["status"]["readyReplicas"] == 1
     assert job.status()["state"] == "Succeeded"
@@ -225,7 +227,7 @@ def test_after_its_time_to_live_the_pods_go_and_the_model_is_still_served(seen, 
 
 def test_deleting_the_job_leaves_its_workspace_and_takes_the_rest(seen, world, operator):
     job = seen.job
-    test_after_its_time_to_live_the_pods_go_and_the_model_is_still_served(seen, world)
+    _let_finished_pods_go(world, job)
     world.cluster.run("delete", "finetunejob", job.name, "-n", job.namespace, "--timeout=90s", timeout=100)
     kinds = "pods,jobs,services,deployments"
 

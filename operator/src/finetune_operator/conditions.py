@@ -63,7 +63,6 @@ class Reason(enum.StrEnum):
     VOLUME_NOT_MOUNTED = "VolumeNotMounted"
     PODS_REFUSED = "PodsRefused"
     RUNNING = "Running"
-    RESTARTING = "Restarting"
     WAITING_FOR_PODS = "WaitingForPods"
     SUSPENDED = "Suspended"
     PREEMPTED = "Preempted"
@@ -93,7 +92,6 @@ class Reason(enum.StrEnum):
     DELETING = "Deleting"
     NAME_IN_USE = "NameInUse"
     OBJECT_REFUSED = "ObjectRefused"
-    CLUSTER_UNAVAILABLE = "ClusterUnavailableError"
 
 
 def build_conditions(

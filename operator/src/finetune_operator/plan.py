@@ -18,6 +18,7 @@ from finetune_contract.run_config import RunConfig, RunConfigError, ServingConfi
 
 from . import naming
 from .api.v1alpha1 import FailureRule, FineTuneJob, FineTuneJobSpec, Gate
+from .conditions import Reason
 from .errors import InvalidJobError
 from .pods import PodPlan, resolve_pod
 from .runs import resolve_run, resolve_secrets, resolve_tracking
@@ -212,7 +213,7 @@ def _read_frozen(text: str) -> dict[str, Any]:
         raise InvalidJobError(
             f"the frozen plan of this job cannot be read ({error}): it was made by another release of the operator, "
             "install that release again or delete and apply the job",
-            reason="PlanUnreadable",
+            reason=Reason.PLAN_UNREADABLE,
         ) from error
 
 
@@ -338,7 +339,7 @@ def _refuse_what_is_not_allowed(spec: FineTuneJobSpec, run: RunConfig, settings:
         if scheme not in limits.allowed_schemes:
             allowed = ", ".join(f"{each}://" for each in limits.allowed_schemes)
             raise InvalidJobError(
-                f"{field}: {scheme}:// is not allowed by the administrators: use {allowed}", "NotAllowed"
+                f"{field}: {scheme}:// is not allowed by the administrators: use {allowed}", Reason.NOT_ALLOWED
             )
         if scheme == "pvc" and field != "promotion.destinations" and spec.workspace.existing_claim is None:
             raise InvalidJobError(
@@ -349,14 +350,14 @@ def _refuse_what_is_not_allowed(spec: FineTuneJobSpec, run: RunConfig, settings:
         raise InvalidJobError(
             f"resources.nodes: {topology.nodes} is more than the administrators allow: ask for at most "
             f"{limits.max_nodes}",
-            "NotAllowed",
+            Reason.NOT_ALLOWED,
         )
     gpus = topology.nodes * topology.gpus_per_node
     if limits.max_gpus and gpus > limits.max_gpus:
         raise InvalidJobError(
             f"resources.gpusPerNode: {gpus} GPUs over all nodes are more than the administrators allow: ask for at "
             f"most {limits.max_gpus}",
-            "NotAllowed",
+            Reason.NOT_ALLOWED,
         )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .api.v1alpha1 import PodTemplate
+from .conditions import Reason
 from .errors import InvalidJobError
 from .settings import Settings
 
@@ -54,7 +55,7 @@ def resolve_pod(image: str, templates: Sequence[PodTemplate | None], settings: S
         raise InvalidJobError(
             f"pod.serviceAccountName: {pod.service_account} is not allowed by the administrators: use "
             + (" or ".join(allowed) or "none"),
-            reason="NotAllowed",
+            reason=Reason.NOT_ALLOWED,
         )
     return pod
 

@@ -22,11 +22,6 @@ def read_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def read_world_size() -> int:
-    """Return the number of ranks from the environment; 1 outside a launch."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 class ControlGroup:
     """The CPU group for control messages; made by all ranks at the same point, once per process."""
 

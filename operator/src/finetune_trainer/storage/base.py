@@ -35,11 +35,6 @@ class Listing:
     """What pins them: a commit, an object version or ETag, or a digest of names, sizes and versions."""
     files: tuple[RemoteFile, ...]
 
-    @property
-    def total_bytes(self) -> int:
-        """Sum of the sizes that are known."""
-        return sum(max(file.size, 0) for file in self.files)
-
 
 class Store(Protocol):
     """One source that can be read. Methods raise TrainerError for good, TemporaryError for now."""
