@@ -16,6 +16,7 @@ from .manifests.phases import build_phase
 from .observed import Job
 from .policies.failure import choose_first_failed, explain_failure, explain_pod
 from .record import Record, to_text
+from .sizing import to_words
 from .steps import Create, Reference, Remove, Situation, Step, Wait, WriteRecord
 from .view import View, wait_for_job, write_failure
 
@@ -123,13 +124,14 @@ def _next_after_failure(view: View, phase: Phase, job: Job) -> Step:
 
 def storage_full(view: View, message: str, running: Situation) -> Step:
     """Return the wait for a workspace that is full to grow."""
-    plan = view.plan.workspace
-    advice = "enlarge the claim" if plan.is_existing else "write a larger workspace.size"
+    claim = view.observed.claim
+    size = f" of {to_words(claim.capacity_bytes or claim.requested_bytes)}" if claim else ""
+    advice = "enlarge the claim" if view.plan.workspace.is_existing else "write a larger workspace.size"
     return Wait(
         Situation(
             running.state,
             PodReason.STORAGE_FULL,
-            f"the workspace is full: {message}: {advice}; the job goes on by itself",
+            f"the workspace{size} is full: {message}: {advice}; the job goes on by itself",
             is_stalled=True,
             condition=Type.STORAGE_READY,
         )

@@ -464,6 +464,7 @@ def test_a_full_workspace_is_waited_for_and_noticed_when_it_has_grown():
     )
     step = look(plan, make_observed(plan, record, claim=claim))
     assert (step.situation.reason, step.situation.is_stalled) == ("StorageFull", True)
+    assert "the workspace of 8.0 GiB is full" in step.situation.message
     grown = dataclasses.replace(claim, capacity_bytes=10 * 2**30)
     assert look(plan, make_observed(plan, record, claim=grown)).record.attempt.number == 2
 
