@@ -6,38 +6,15 @@ instead, for tests that kill it.
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
 import pathlib
-import signal
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
-
-# Before torch is imported: one thread, so that this process can be forked at any time.
-os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
 
 import pytest
 
-from finetune_contract.workspace import Workspace
-from finetune_trainer.__main__ import main
-from finetune_trainer.checkpoints.layout import list_folders
-from finetune_trainer.checkpoints.manifest import Manifest, read_manifest
 from tests.support import tiny_models
-from tests.support.waiting import eventually
-
-SMALL = (
-    "training.max_length=128",
-    "training.per_device_batch_size=2",
-    "training.gradient_accumulation_steps=1",
-    "training.gradient_checkpointing=false",
-    "training.learning_rate=0.001",
-    "topology.processes_per_node=2",
-    "dataset.prompt_template=wizardlm",
-    "evaluation.baseline=false",
-)
-"""Settings of a run that takes a second; tests add to them."""
+from tests.support.training_runs import SMALL, Run, build_llama, build_texts, write_data
 
 
 def pytest_collection_modifyitems(items):
@@ -63,121 +40,21 @@ def clean_environment(monkeypatch):
             monkeypatch.delenv(name)
 
 
-def _texts():
-    things = ("list", "dict", "set", "str", "file", "path", "loop", "class")
-    verbs = ("opens", "closes", "joins", "splits", "counts", "sorts")
-    return [
-        (f"What does {thing}.{verb} do?", f"It {verb} the {thing} and returns {index} of its parts." * (1 + index % 3))
-        for index, (thing, verb) in enumerate((thing, verb) for thing in things for verb in verbs)
-    ]
-
-
-def write_rows(path, pairs):
-    """Write prepared rows."""
-    lines = (
-        {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}], "index": i, "source": 0}
-        for i, (q, a) in enumerate(pairs)
-    )
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
     """A prepared data set of 40 rows, and 8 held out."""
-    folder = tmp_path_factory.mktemp("data")
-    write_rows(folder / "train.jsonl", _texts()[:40])
-    write_rows(folder / "holdout.jsonl", _texts()[40:])
-    return folder
+    return write_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
     """Folders of the tiny models, by family."""
     root = tmp_path_factory.mktemp("models")
-    texts = [f"{q}\n\n### Response:{a}" for q, a in _texts()]
     return {
-        "llama": tiny_models.build_tiny_llama(root / "llama", texts, vocab_size=400, hidden=64, layers=2),
-        "gpt_neox": tiny_models.build_tiny_neox(root / "gpt_neox", texts, vocab_size=400),
-        "mpt": tiny_models.build_tiny_mpt(root / "mpt", texts, vocab_size=400),
+        "llama": build_llama(root / "llama"),
+        "gpt_neox": tiny_models.build_tiny_neox(root / "gpt_neox", build_texts(), vocab_size=400),
+        "mpt": tiny_models.build_tiny_mpt(root / "mpt", build_texts(), vocab_size=400),
     }
-
-
-@dataclasses.dataclass
-class Run:
-    """One workspace with one model, and the commands on it."""
-
-    root: pathlib.Path
-    model: pathlib.Path
-    data: pathlib.Path
-    settings: tuple[str, ...] = SMALL
-
-    @property
-    def workspace(self) -> Workspace:
-        return Workspace(self.root)
-
-    def words(self, command: str, *extra: str) -> list[str]:
-        """Return the command line; `a.b=c` among `extra` are settings."""
-        words = [command, "--model", str(self.model), "--data", str(self.data), "--workspace", str(self.root)]
-        for setting in (*self.settings, *(word for word in extra if not word.startswith("-") and "=" in word)):
-            words += ["--set", setting]
-        return words + [word for word in extra if word.startswith("-") or "=" not in word]
-
-    def call(self, command: str, *extra: str) -> int:
-        """Run a command here, and return its exit code."""
-        return int(main(self.words(command, *extra)))
-
-    def train(self, *settings: str) -> dict[str, Any]:
-        """Train, expect success, and return the results."""
-        assert self.call("train", *settings) == 0, self.report("train")
-        details: dict[str, Any] = self.report("train")["details"]
-        return details
-
-    def start(self, *settings: str) -> int:
-        """Train in a child process of its own group, and return its id."""
-        pid = os.fork()
-        if pid == 0:
-            code = 1
-            try:
-                os.setpgid(0, 0)
-                code = self.call("train", *settings)
-            finally:
-                os._exit(code)
-        return pid
-
-    def report(self, phase: str) -> dict[str, Any]:
-        """Return the exit report of a phase."""
-        report: dict[str, Any] = json.loads((self.workspace.reports / f"{phase}.json").read_text())
-        return report
-
-    def manifests(self) -> dict[int, Manifest]:
-        """Return the manifests of the committed checkpoints, by step."""
-        found = {}
-        for folder in list_folders(self.workspace.checkpoints):
-            if (folder.path / "finetune-manifest.json").exists():
-                found[folder.step] = read_manifest(folder.path)
-        return found
-
-    def wait_for_checkpoint(self, step: int) -> None:
-        """Wait until a step has been committed."""
-        path = self.workspace.checkpoints / f"checkpoint-{step}" / "finetune-manifest.json"
-        eventually(path.exists, within=120, every=0.01, otherwise=f"{path} is missing")
-
-
-def end_state(manifest: Manifest) -> dict[str, str]:
-    """Return the digests of everything that decides how training goes on: weights, optimizer, schedule, randomness."""
-    names = ("model", "global_step", "scheduler", "rng_state")
-    return {name: entry.sha256 for name, entry in manifest.files.items() if name.startswith(names)}
-
-
-def reap(pid: int) -> int:
-    """Return the exit code of a child; negative is a signal."""
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-def kill_group(pid: int) -> None:
-    """End a run as a lost node does: everything at once."""
-    os.killpg(pid, signal.SIGKILL)
-    reap(pid)
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ import pytest
 from finetune_contract.reports import ExitCode, Reason
 from finetune_trainer.__main__ import main
 from finetune_trainer.data.prompts import encode_example
+from tests.support.training_runs import SMALL, Run
 from tests.support.waiting import eventually
-from tests.trainer.conftest import SMALL, Run
 
 QUESTION = "What does path.joins do?"
 

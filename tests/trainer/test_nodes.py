@@ -6,8 +6,8 @@ import signal
 import socket
 
 from finetune_contract.reports import ExitCode, Reason
+from tests.support.training_runs import end_state, reap
 from tests.support.waiting import eventually
-from tests.trainer.conftest import end_state, reap
 
 
 def _free_port():

@@ -11,7 +11,7 @@ from finetune_trainer.checkpoints.layout import MANIFEST, checkpoint_name
 from finetune_trainer.checkpoints.manifest import list_files, read_manifest, seal_files, write_manifest
 from finetune_trainer.errors import TrainerError
 from finetune_trainer.promotion import promoted
-from tests.trainer.conftest import SMALL, Run
+from tests.support.training_runs import SMALL, Run
 
 
 @pytest.fixture(scope="module")

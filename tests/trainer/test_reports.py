@@ -12,8 +12,8 @@ import pytest
 
 from finetune_contract.reports import ExitCode, Metric, ProgressReport, Reason
 from finetune_trainer.training.keeper import CheckpointKeeper
+from tests.support.training_runs import kill_group
 from tests.support.waiting import eventually
-from tests.trainer.conftest import kill_group
 
 
 @pytest.fixture

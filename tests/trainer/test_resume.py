@@ -8,8 +8,8 @@ import pytest
 
 from finetune_contract.reports import ExitCode, Reason
 from finetune_trainer.checkpoints.layout import MANIFEST, list_quarantined
+from tests.support.training_runs import end_state, kill_group, reap
 from tests.support.waiting import eventually
-from tests.trainer.conftest import end_state, kill_group, reap
 
 RECIPES = {
     "wizardlm-freeform": ("training.recipe=wizardlm-freeform", "training.packing=false"),
