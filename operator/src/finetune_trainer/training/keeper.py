@@ -52,6 +52,12 @@ class CheckpointKeeper:
     best: int | None = None
     last_seconds: float = 0.0
     """How long training stood still for the last save."""
+    last_save_seconds: float = 0.0
+    """From the start of the last save until it was committed."""
+    last_bytes: int = 0
+    """Size of `latest_complete`; rank 0 only, like the time."""
+    last_committed_at: str = ""
+    """When `latest_complete` was committed, RFC 3339."""
     first_estimate_bytes: int = 0
     """Expected size of a checkpoint while there is none to measure."""
     _started: float = 0.0
@@ -83,6 +89,8 @@ class CheckpointKeeper:
             return None
         self._require_same_world(chosen)
         self.resumed_from = chosen.step
+        manifest = read_manifest(chosen.path)
+        self.last_bytes, self.last_committed_at = manifest.num_bytes, manifest.created_at
         self._observe_kept()
         emit("resuming", checkpoint=chosen.path.name)
         return chosen.step
@@ -131,7 +139,7 @@ class CheckpointKeeper:
         files = {name: entry for part in sealed for name, entry in part.items()}
         self.kept, self.best = self.group.decide(lambda: self._commit_once(folder, step, files, metrics))
         self.latest_complete = step
-        self.last_seconds = time.monotonic() - self._started
+        self.last_seconds = self.last_save_seconds = time.monotonic() - self._started
 
     def abandon(self, step: int, error: Exception) -> None:
         """After a save that failed: on a full volume, remove what was written and raise the error with the numbers.
@@ -162,6 +170,7 @@ class CheckpointKeeper:
             extra=self.extra,
         )
         write_manifest(folder, manifest)
+        self.last_bytes, self.last_committed_at = manifest.num_bytes, manifest.created_at
         emit("checkpoint committed", checkpoint=folder.name, size=disk.format_bytes(manifest.num_bytes))
         self._delete_surplus(self.run.checkpoint.keep_latest)
         retention.delete_quarantine_before(self.root, step)
