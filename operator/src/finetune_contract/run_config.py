@@ -16,6 +16,9 @@ from typing import Any
 VERSION = 1
 """Version of this format. Pods accept their own version only."""
 
+LONGEST_PAUSE_SECONDS = 1800
+"""How long ranks may stand still without being hung: in one collective, and while checkpoints are written."""
+
 
 class RunConfigError(ValueError):
     """The JSON is not a run configuration of this version; the message names the field."""
@@ -126,6 +129,15 @@ class Topology:
 
 
 @dataclasses.dataclass(frozen=True)
+class Destination:
+    """Where a promoted model, or checkpoints, are copied to."""
+
+    destination: str
+    """s3://, pvc:// or hf:// URL; for checkpoints s3:// only."""
+    secret_prefix: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
     """When checkpoints are written, which are kept, and which is resumed."""
 
@@ -139,6 +151,9 @@ class CheckpointConfig:
     best_mode: str = "min"
     resume: str = "LatestComplete"
     """LatestComplete or Never."""
+    mirror: Destination = Destination("")
+    """Where committed checkpoints are copied to, and fetched from when the workspace has lost them; an empty
+    destination: nowhere."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,15 +167,6 @@ class EvaluationConfig:
     """lm-eval tasks, the group open-llm-v1, or paths of task YAML files below the workspace."""
     limit: int = 0
     """Examples per task; 0: all."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Destination:
-    """Where a promoted model is copied to."""
-
-    destination: str
-    """s3://, pvc:// or hf:// URL."""
-    secret_prefix: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,6 +204,8 @@ class RunConfig:
     evaluation: EvaluationConfig = EvaluationConfig()
     promotion: PromotionConfig = PromotionConfig()
     serving: ServingConfig = ServingConfig()
+    progress_deadline_seconds: int = 0
+    """How long no rank may stand still between two steps; 0: for ever."""
     version: int = VERSION
 
     def to_json(self) -> str:

@@ -71,3 +71,8 @@ class Workspace:
     def reports(self) -> pathlib.Path:
         """One JSON file per phase, and `metrics.jsonl` with one line per logged training step."""
         return self.root / "reports"
+
+    @property
+    def mirror_state(self) -> pathlib.Path:
+        """JSON `{"step", "bytes", "failures"}`: what the mirror process of the running attempt has done."""
+        return self.reports / "mirror.json"

@@ -334,6 +334,8 @@ def _refuse_what_is_not_allowed(spec: FineTuneJobSpec, run: RunConfig, settings:
     urls = [("model.source", run.model.source)]
     urls += [("dataset.source", each.source) for each in run.dataset.sources]
     urls += [("promotion.destinations", each.destination) for each in run.promotion.destinations]
+    if run.checkpoint.mirror.destination:
+        urls.append(("checkpoint.mirror.destination", run.checkpoint.mirror.destination))
     for field, url in urls:
         scheme = url.partition("://")[0]
         if scheme not in limits.allowed_schemes:

@@ -104,7 +104,13 @@ def _resolve_checkpoint(spec: FineTuneJobSpec) -> CheckpointConfig:
         best_metric=best.metric,
         best_mode=best.mode,
         resume=checkpoint.resume,
+        mirror=_resolve_mirror(spec),
     )
+
+
+def _resolve_mirror(spec: FineTuneJobSpec) -> Destination:
+    mirror = spec.checkpoint.mirror
+    return Destination(mirror.destination, _prefix(mirror, "MIRROR")) if mirror else Destination("")
 
 
 def resolve_secrets(spec: FineTuneJobSpec) -> dict[Phase, tuple[Mapping[str, Any], ...]]:
@@ -120,6 +126,7 @@ def resolve_secrets(spec: FineTuneJobSpec) -> dict[Phase, tuple[Mapping[str, Any
         each = (entry(source, f"DATASET_{index}") for index, source in enumerate(spec.dataset.sources))
         inputs = (*model, *(found for group in each for found in group))
     destinations = (entry(each, f"DESTINATION_{index}") for index, each in enumerate(spec.promotion.destinations))
+    mirror = entry(spec.checkpoint.mirror, "MIRROR") if spec.checkpoint.mirror else ()
     tracking = spec.training.tracking
     trackers = [tracking.wandb, tracking.mlflow] if tracking else []
     plain = tuple(
@@ -128,7 +135,7 @@ def resolve_secrets(spec: FineTuneJobSpec) -> dict[Phase, tuple[Mapping[str, Any
     return {
         Phase.INSPECT: inputs,
         Phase.PREPARE: inputs,
-        Phase.TRAIN: plain,
+        Phase.TRAIN: (*mirror, *plain),
         Phase.PROMOTE: (),
         Phase.EVALUATE: model,
         Phase.PUBLISH: tuple(found for group in destinations for found in group),

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from finetune_contract.reports import Phase
-from finetune_contract.run_config import RunConfig
+from finetune_contract.run_config import Destination, RunConfig
 from finetune_operator.errors import InvalidJobError
 from finetune_operator.manifests.run_config import build_run_config, count_global_batch
 from finetune_operator.plan import freeze, make_plan
@@ -139,6 +139,7 @@ def test_secrets_are_read_by_the_phases_that_need_them_under_the_prefix_of_their
         },
         promotion={"destinations": [{"destination": "s3://out/x", "secretRef": {"name": "out"}}]},
         training={"tracking": {"wandb": {"secretRef": {"name": "wandb"}}}},
+        checkpoint={"mirror": {"destination": "s3://mirror/x", "secretRef": {"name": "mirror"}}},
     )
     prefixes = {
         phase: [(each.get("prefix"), each["secretRef"]["name"]) for each in plan.env_from[phase]] for phase in Phase
@@ -147,7 +148,7 @@ def test_secrets_are_read_by_the_phases_that_need_them_under_the_prefix_of_their
     assert prefixes == {
         Phase.INSPECT: inputs,
         Phase.PREPARE: inputs,
-        Phase.TRAIN: [(None, "wandb")],
+        Phase.TRAIN: [("FINETUNE_MIRROR_", "mirror"), (None, "wandb")],
         Phase.PROMOTE: [],
         Phase.EVALUATE: inputs[:1],
         Phase.PUBLISH: [("FINETUNE_DESTINATION_0_", "out")],
@@ -158,6 +159,7 @@ def test_secrets_are_read_by_the_phases_that_need_them_under_the_prefix_of_their
         "",
         "FINETUNE_DATASET_2_",
     ]
+    assert plan.run.checkpoint.mirror == Destination("s3://mirror/x", "FINETUNE_MIRROR_")
 
 
 def test_each_phases_pod_is_merged_over_the_general_one():
@@ -194,6 +196,15 @@ def test_gpus_are_served_by_vllm_and_cpus_by_the_trainer(inference, gpus, runtim
     ("limits", "spec", "field", "advice"),
     [
         ({"allowedSchemes": ["s3"]}, {}, "model.source", "use s3://"),
+        (
+            {"allowedSchemes": ["hf", "https"]},
+            {
+                "dataset": {"source": "hf://a/b"},
+                "checkpoint": {"mirror": {"destination": "s3://bucket/checkpoints"}},
+            },
+            "checkpoint.mirror.destination",
+            "use hf://, https://",
+        ),
         ({"maxNodes": 1}, {"resources": {"nodes": 2}}, "resources.nodes", "at most 1"),
         ({"maxGpus": 4}, {"resources": {"nodes": 2, "gpusPerNode": 4}}, "resources.gpusPerNode", "at most 4"),
         (

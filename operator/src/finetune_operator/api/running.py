@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from finetune_operator.api.base import Model, Rule
-from finetune_operator.api.pods import QuantityMap
-from finetune_operator.api.scalars import Name, Quantity, RelativePath, VolumeSize
+from finetune_operator.api.pods import QuantityMap, SecretRef
+from finetune_operator.api.scalars import Name, Quantity, RelativePath, S3Url, VolumeSize
 
 KeyText = Annotated[str, Field(min_length=1, max_length=317)]
 
@@ -129,6 +129,15 @@ class CheckpointRetention(Model):
     """Which of the best are kept besides."""
 
 
+class Mirror(Model):
+    """A copy of the checkpoints in object storage, from which a job goes on after its workspace is lost."""
+
+    destination: S3Url
+    """Bucket and prefix, as in s3://bucket/checkpoints; the job writes below it under its namespace and name."""
+    secret_ref: SecretRef | None = None
+    """Secret with credentials for the bucket."""
+
+
 class Checkpoint(Model):
     """When checkpoints are written, which are kept and which is resumed from."""
 
@@ -140,8 +149,16 @@ class Checkpoint(Model):
     """Which checkpoints are kept."""
     resume: Literal["LatestComplete", "Never"] = "LatestComplete"
     """What an attempt starts from: the newest complete checkpoint, or always the base model."""
+    mirror: Mirror | None = None
+    """Where committed checkpoints are copied to while training goes on."""
 
     validations = (
+        Rule(
+            "!has(self.mirror) || self.resume != 'Never'",
+            "with resume: Never nothing is ever read from a mirror: remove mirror, or write resume: LatestComplete",
+            lambda checkpoint: checkpoint.mirror is None or checkpoint.resume != "Never",
+            field="mirror",
+        ),
         Rule(
             "!(has(self.everySteps) && has(self.everyMinutes))",
             "write either everySteps or everyMinutes, not both",

@@ -52,6 +52,13 @@ DestinationUrl = Annotated[
 ]
 """Where a promoted model is copied to."""
 
+S3Url = Annotated[
+    str,
+    Field(max_length=2048),
+    matching("s3://[^/\\s]+/[^\\s]+", "write s3://, a bucket and a prefix, as in s3://bucket/checkpoints"),
+]
+"""A bucket and a prefix in object storage."""
+
 Revision = Annotated[str, Field(max_length=256)]
 """Branch, tag, commit or object version."""
 
