@@ -15,6 +15,12 @@ from typing import Any
 MAX_TERMINATION_BYTES = 4096
 """Kubernetes cuts a termination message at this many bytes."""
 
+LAST_LINES = "last_lines"
+"""Entry of `ExitReport.details` that holds the last lines of a failing rank's output."""
+
+_SHORT = 300
+"""Characters that are always left of the last lines."""
+
 
 class ExitCode(enum.IntEnum):
     """Exit codes of the trainer program, after sysexits.h where it has one."""
@@ -44,6 +50,16 @@ class ExitCode(enum.IntEnum):
     """The accelerator ran out of memory. Not retried: the message says which batch to try."""
     FENCED = 80
     """A newer attempt owns the workspace."""
+    XID = 81
+    """An accelerator failed: Xid, uncorrectable ECC, fallen off the bus. Retried on another node."""
+    COLLECTIVE = 82
+    """NCCL failed, or a collective did not end in time. Retried."""
+    NO_PROGRESS = 83
+    """No step within failurePolicy.progressDeadlineSeconds. Retried."""
+    HOST_OUT_OF_MEMORY = 84
+    """The kernel killed a rank for memory. Not retried: the message says how much to ask for."""
+    PEERS_LOST = 85
+    """The ranks of another pod went away first. Retried."""
 
 
 class Phase(enum.StrEnum):
@@ -74,7 +90,11 @@ class Reason(enum.StrEnum):
     SOURCE_UNAVAILABLE = "SourceUnavailable"
     STORAGE_FULL = "StorageFull"
     OUT_OF_MEMORY = "CUDAOutOfMemory"
+    HOST_OUT_OF_MEMORY = "OutOfMemoryKilled"
+    XID_ERROR = "XidError"
     NCCL_ERROR = "NCCLError"
+    NCCL_TIMEOUT = "NCCLTimeout"
+    NO_PROGRESS = "NoProgress"
     NON_FINITE_LOSS = "NonFiniteLoss"
     RANK_FAILED = "RankFailed"
     KILLED = "Killed"
@@ -93,8 +113,12 @@ class ExitReport:
     inspect: model_bytes, model_parameters, model_type, model_revision, dataset_bytes, dataset_revisions (list).
     prepare: rows_read, rows_kept, rows_removed, rows_bad, rows_train, rows_holdout, tokens, removed_per_category (map),
         dataset_digest, report (path below the workspace), model_digest, model_revision.
+    Of a failed train: last_lines (of the failing rank's output), failed_at (seconds since 1970), in_pod_restarts, and
+        where each rank stood when none made a step: `stacks`, by rank, as `{"at", "waits"}`.
     train: step, total_steps, loss, resumed_from_step (or null), checkpoints (steps kept), latest_complete,
-        best (or null).
+        best (or null), checkpoint_bytes and committed_at (RFC 3339) of the newest, save_seconds and step_seconds (0: none
+        was measured), stall_seconds (of the newest save), in_pod_restarts, steps_lost and productive_seconds (as the
+        metrics of these names; a failed training reports them, too, with the last step done).
     promote: digest, path, checkpoint_step, parameters, bytes.
     evaluate: scores (task -> metric -> number), baseline (same shape). Held-out rows are the task `holdout` with the
         metrics loss (nats per answer token), perplexity, and unigram_entropy (nats per answer token, of the answers).
@@ -114,16 +138,26 @@ class ExitReport:
     details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def to_termination_message(self) -> str:
-        """Return JSON of at most 4096 bytes; the message is shortened first, from its middle."""
+        """Return JSON of at most 4096 bytes; last lines are shortened first, then the message from its middle."""
         report = self
         while len(text := json.dumps(dataclasses.asdict(report), sort_keys=True)) > MAX_TERMINATION_BYTES:
-            keep = (len(report.message) - (len(text) - MAX_TERMINATION_BYTES) - 8) // 2
-            if keep < 40:
-                report = dataclasses.replace(report, details={}, message=report.message[:1000])
-                continue
-            shorter = f"{report.message[:keep]} ... {report.message[-keep:]}"
-            report = dataclasses.replace(report, message=shorter)
+            report = report._shorten(len(text) - MAX_TERMINATION_BYTES)
         return text
+
+    def _shorten(self, surplus: int) -> ExitReport:
+        """Return a report that is shorter by up to `surplus` characters, at the place where it hurts least."""
+        lines = self.details.get(LAST_LINES)
+        if isinstance(lines, str) and len(lines) > _SHORT:
+            kept = lines[-max(_SHORT, len(lines) - surplus) :]
+            return dataclasses.replace(self, details={**self.details, LAST_LINES: kept})
+        keep = (len(self.message) - surplus - 8) // 2
+        if keep >= 40:
+            return dataclasses.replace(self, message=f"{self.message[:keep]} ... {self.message[-keep:]}")
+        if self.details:
+            return dataclasses.replace(self, details={})
+        # One character may take twelve bytes: what is left is halved until it fits.
+        half = len(self.message) // 2
+        return dataclasses.replace(self, message=self.message[:half], hint=self.hint if half else self.hint[:300])
 
     @classmethod
     def from_termination_message(cls, text: str) -> ExitReport | None:
@@ -149,7 +183,21 @@ class Metric(enum.StrEnum):
     LATEST_CHECKPOINT = "latest_checkpoint_step"
     BEST_CHECKPOINT = "best_checkpoint_step"
     NUM_CHECKPOINTS = "num_checkpoints"
+    CHECKPOINT_TIME = "checkpoint_timestamp_seconds"
+    """When the newest complete checkpoint was committed, in seconds since 1970."""
+    CHECKPOINT_BYTES = "checkpoint_bytes"
     CHECKPOINT_SECONDS = "checkpoint_seconds"
+    """How long training stood still for the newest save."""
+    SAVE_SECONDS = "save_seconds"
+    """From the start of the newest save until it was committed."""
+    STEP_SECONDS = "step_seconds"
+    """Longest step so far."""
+    IN_POD_RESTARTS = "in_pod_restarts"
+    """How often the ranks were restarted inside their pod."""
+    PRODUCTIVE_SECONDS = "productive_seconds"
+    """Time in the optimizer steps that led to the present weights, over all attempts: what a restart loses goes off."""
+    STEPS_LOST = "steps_lost"
+    """Optimizer steps of this attempt that restarts inside its pod threw away."""
     ROWS_READ = "rows_read"
     ROWS_REMOVED = "rows_removed"
 

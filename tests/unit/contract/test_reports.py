@@ -65,3 +65,20 @@ def test_metrics_that_are_no_numbers_are_passed_over():
         }
     }
     assert ProgressReport.from_body(body).metrics == {"b": 2.0}
+
+
+def test_a_report_of_wide_characters_fits():
+    report = ExitReport("train", "RankFailed", "\N{GRINNING FACE}" * 5000, hint="fix it", details={"step": 7})
+    parsed = ExitReport.from_termination_message(report.to_termination_message())
+    assert parsed is not None
+    assert parsed.message.startswith("\N{GRINNING FACE}")
+    assert parsed.hint == "fix it"
+
+
+def test_last_lines_are_shortened_from_their_beginning_before_the_message():
+    lines = "\n".join(f"line {number}" for number in range(1000))
+    report = ExitReport("train", "RankFailed", "x" * 1000, details={"step": 7, "last_lines": lines})
+    parsed = ExitReport.from_termination_message(report.to_termination_message())
+    assert parsed is not None
+    assert (parsed.message, parsed.details["step"]) == ("x" * 1000, 7)
+    assert parsed.details["last_lines"].endswith("line 998\nline 999")
