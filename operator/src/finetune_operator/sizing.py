@@ -9,14 +9,12 @@ import dataclasses
 import math
 import re
 
+from finetune_contract.checkpoint_sizes import estimate_checkpoint_bytes, peak_bytes
+
 GIB = 1024**3
 _UNITS = {"m": 1e-3, "": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15, "E": 1e18}
 _UNITS |= {f"{letter}i": 1024.0 ** (power + 1) for power, letter in enumerate("KMGTPE")}
 
-BYTES_PER_PARAMETER_ZERO_3 = 14
-"""A checkpoint of DeepSpeed ZeRO-3: 2 for the weights, 12 for the optimizer's fp32 copy and moments."""
-BYTES_PER_PARAMETER_ZERO_1_2 = 16
-"""ZeRO-1 and ZeRO-2 write the weights twice."""
 LORA_SHARE_PER_RANK = 0.01 / 16
 """Adapters of rank 16 on every linear layer hold about one hundredth of the parameters."""
 BYTES_PER_PARAMETER_OUTPUT = 2
@@ -61,21 +59,17 @@ class Contents:
 
 
 def checkpoint_bytes(contents: Contents) -> int:
-    """Return the size of one checkpoint."""
-    per_parameter = BYTES_PER_PARAMETER_ZERO_3 if contents.zero_stage == 3 else BYTES_PER_PARAMETER_ZERO_1_2
+    """Return the size of one checkpoint with gathered weights: what the stock Trainer writes, and a margin for ours."""
     trained = contents.parameters
     if contents.lora_rank:
         trained = math.ceil(contents.parameters * min(1.0, LORA_SHARE_PER_RANK * contents.lora_rank))
-    return trained * per_parameter
+    return estimate_checkpoint_bytes(trained, trained, contents.zero_stage)
 
 
 def needed_bytes(contents: Contents) -> int:
-    """Return what the workspace must hold at its fullest: one checkpoint more than is kept exists while one is made.
-
-    The data set lies there twice, as it came and as it was prepared.
-    """
+    """Return what the workspace must hold at its fullest; the data set lies there as it came and as it was prepared."""
     output = max(contents.model_bytes, contents.parameters * BYTES_PER_PARAMETER_OUTPUT)
-    checkpoints = (contents.checkpoints_kept + 1) * checkpoint_bytes(contents)
+    checkpoints = peak_bytes(checkpoint_bytes(contents), contents.checkpoints_kept)
     return contents.model_bytes + 2 * contents.dataset_bytes + checkpoints + output
 
 

@@ -96,10 +96,3 @@ def test_too_little_room_is_said_with_both_numbers(tmp_path):
     assert "spec.workspace.size" in caught.value.hint
     assert caught.value.details["free_bytes"] == pytest.approx(disk.read_free_bytes(tmp_path), rel=0.1)
     disk.require_room(tmp_path, 1)
-
-
-def test_the_size_of_a_checkpoint_follows_from_the_parameters():
-    seven_billion = 6_738_415_616
-
-    assert disk.estimate_checkpoint_bytes(seven_billion, seven_billion, 3) == 14 * seven_billion
-    assert disk.estimate_checkpoint_bytes(seven_billion, seven_billion, 2) == 16 * seven_billion

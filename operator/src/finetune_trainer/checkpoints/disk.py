@@ -20,12 +20,6 @@ FULL_BYTES = 1 << 20
 """A volume with less than this left counts as full when a save has failed."""
 
 
-def estimate_checkpoint_bytes(num_trained: int, num_saved: int, zero_stage: int) -> int:
-    """Return the size of a checkpoint: optimizer state in fp32, 16-bit weights, and a second copy below ZeRO-3."""
-    copies = 1 if zero_stage == 3 else 2
-    return 12 * num_trained + 2 * copies * num_saved
-
-
 def read_last_bytes(root: pathlib.Path) -> int:
     """Return the size of the newest committed checkpoint; 0 when there is none."""
     for folder in reversed(list_folders(root)):
