@@ -11,6 +11,12 @@ RUN_CONFIG_PATH = "/etc/finetune/run.json"
 ATTEMPT = "FINETUNE_ATTEMPT"
 """Number of the attempt, from 1."""
 
+NOTICE_SECONDS = "FINETUNE_NOTICE_SECONDS"
+"""Seconds from SIGTERM to SIGKILL, at the least; unset: nobody is in a hurry."""
+
+SAVE_SECONDS = "FINETUNE_SAVE_SECONDS"
+"""Seconds that a save is expected to take before this process has measured one."""
+
 NODE_RANK = "JOB_COMPLETION_INDEX"
 """Index of this pod in the attempt, from 0; Kubernetes sets it in pods of an Indexed Job."""
 

@@ -116,9 +116,9 @@ class ExitReport:
     Of a failed train: last_lines (of the failing rank's output), failed_at (seconds since 1970), in_pod_restarts, and
         where each rank stood when none made a step: `stacks`, by rank, as `{"at", "waits"}`.
     train: step, total_steps, loss, resumed_from_step (or null), checkpoints (steps kept), latest_complete,
-        best (or null), checkpoint_bytes and committed_at (RFC 3339) of the newest, save_seconds and step_seconds (0: none
-        was measured), stall_seconds (of the newest save), in_pod_restarts, steps_lost and productive_seconds (as the
-        metrics of these names; a failed training reports them, too, with the last step done).
+        best (or null), checkpoint_bytes and committed_at (RFC 3339) of the newest, save_seconds and step_seconds
+        (0: none was measured), stall_seconds (of the newest save), in_pod_restarts, steps_lost and productive_seconds
+        (as the metrics of these names; a failed training reports them, too, with the last step done).
     promote: digest, path, checkpoint_step, parameters, bytes.
     evaluate: scores (task -> metric -> number), baseline (same shape). Held-out rows are the task `holdout` with the
         metrics loss (nats per answer token), perplexity, and unigram_entropy (nats per answer token, of the answers).

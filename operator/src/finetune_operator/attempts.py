@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from finetune_contract.reports import Metric, Phase
 from finetune_contract.reports import Reason as PodReason
 
 from .conditions import Reason, Type
 from .manifests.run_config import build_run_config, count_global_batch
-from .manifests.training import GRACE_SECONDS, build_attempt, build_disruption_budget, build_training_service
+from .manifests.training import build_attempt, build_disruption_budget, build_training_service
 from .observed import Job, Pod, earliest_start
 from .phases import storage_full
-from .policies.failure import Diagnosis, explain_failure
+from .policies.failure import Diagnosis, explain_failure, is_on_lost_node
 from .policies.restart import judge_failure, next_start
 from .record import Attempt, Failure, Record, Terminal, to_text, to_time
 from .steps import Apply, Create, Reference, Remove, Situation, Step, Wait, WriteRecord
@@ -26,8 +27,9 @@ from .view import View, wait_for_job, write_failure
 
 STARTING = Situation("Training", Reason.STARTING, "the training pods are starting", condition=Type.TRAINING)
 RUNNING = Situation("Training", Reason.RUNNING, "training")
-LOST_POD_SECONDS = GRACE_SECONDS + 60
-"""A pod that is still going after this long is on a lost node; the workspace's fence stops it from writing."""
+LOST_POD_SECONDS = 60
+"""A pod that is still there so long after it should have ended is on a lost node; the workspace's fence stops it from
+writing."""
 UNCOUNTED_ENDS = frozenset({str(Reason.SUSPENDED)})
 """Ends of an attempt that are no failure."""
 
@@ -85,7 +87,8 @@ def _record_success(view: View, attempt: Attempt, job: Job) -> Step:
     ended = _end(view, attempt, job, PodReason.COMPLETED, "training has ended")
     resumed = details.get("resumed_from_step")
     ended = dataclasses.replace(ended, resumed_from_step=resumed, last_step=int(details.get("latest_complete") or 0))
-    record = view.record.with_attempt(ended).with_phase(Phase.TRAIN, details)
+    ended = dataclasses.replace(ended, in_pod_restarts=int(details.get("in_pod_restarts") or ended.in_pod_restarts))
+    record = _learn(view, ended, details).with_phase(Phase.TRAIN, details)
     seconds = record.active_seconds + _seconds(ended)
     return WriteRecord(dataclasses.replace(record, active_seconds=seconds, failures_without_progress=0), RUNNING)
 
@@ -99,6 +102,32 @@ def _end(view: View, attempt: Attempt, job: Job | None, reason: str, message: st
         message=message,
         last_step=_last_checkpoint(view, attempt),
         resumed_from_step=_resumed_from(view, attempt),
+        in_pod_restarts=_metric(view, attempt, Metric.IN_POD_RESTARTS) or attempt.in_pod_restarts,
+    )
+
+
+def _learn(view: View, ended: Attempt, details: Mapping[str, Any]) -> Record:
+    """Return the record with an attempt that has ended: what its ranks did in their pod counts, how long a save takes.
+
+    `details` is what its pod reported at its end; where there is nothing, what it posted last holds.
+    """
+    record = view.record.with_attempt(ended)
+    progress = view.observed.progress
+    posted = progress.report.metrics if progress is not None and progress.attempt == ended.number else {}
+
+    def longest(name: Metric, known: float) -> float:
+        return max(known, float(details.get(name) or 0), float(posted.get(name) or 0))
+
+    reasons = dict(record.restarts_by_reason)
+    if ended.in_pod_restarts:
+        reasons[Reason.RESTARTED_IN_POD] = reasons.get(Reason.RESTARTED_IN_POD, 0) + ended.in_pod_restarts
+    return dataclasses.replace(
+        record,
+        restarts=record.restarts + ended.in_pod_restarts,
+        restarts_counted=record.restarts_counted + ended.in_pod_restarts,
+        restarts_by_reason=reasons,
+        save_seconds=longest(Metric.SAVE_SECONDS, record.save_seconds),
+        step_seconds=longest(Metric.STEP_SECONDS, record.step_seconds),
     )
 
 
@@ -130,7 +159,7 @@ def _resumed_from(view: View, attempt: Attempt) -> int | None:
 def suspend_attempt(view: View, attempt: Attempt, job: Job | None) -> WriteRecord:
     """Return the step that remembers that the attempt ended on request."""
     ended = _end(view, attempt, job, Reason.SUSPENDED, "suspended on request")
-    record = view.record.with_attempt(ended)
+    record = _learn(view, ended, {})
     seconds = record.active_seconds + _seconds(ended)
     return WriteRecord(
         dataclasses.replace(record, active_seconds=seconds),
@@ -141,13 +170,15 @@ def suspend_attempt(view: View, attempt: Attempt, job: Job | None) -> WriteRecor
 def close_attempt(view: View, attempt: Attempt, job: Job | None, diagnosis: Diagnosis) -> WriteRecord:
     """Return the step that remembers a failed attempt, and what follows from it."""
     failure = diagnosis.failure
-    verdict = judge_failure(diagnosis, view.plan.failure, view.record.restarts_counted)
     ended = _end(view, attempt, job, failure.reason, failure.message)
+    in_pod = int(diagnosis.details.get("in_pod_restarts") or ended.in_pod_restarts)
+    verdict = judge_failure(diagnosis, view.plan.failure, view.record.restarts_counted + in_pod)
     resumed = diagnosis.resumed_from_step
     ended = dataclasses.replace(
         ended,
         exit_code=failure.exit_code,
         is_counted=verdict.is_counted,
+        in_pod_restarts=in_pod,
         last_step=max(ended.last_step, diagnosis.last_step),
         resumed_from_step=ended.resumed_from_step if resumed is None else resumed,
     )
@@ -177,7 +208,7 @@ def _remember(view: View, ended: Attempt, diagnosis: Diagnosis) -> Record:
     before = max((each.last_step for each in view.record.attempts if each.number != ended.number), default=0)
     has_progress = ended.last_step > before
     record = dataclasses.replace(
-        view.record.with_attempt(ended),
+        _learn(view, ended, diagnosis.details),
         last_failure=diagnosis.failure,
         failures_without_progress=0 if has_progress else view.record.failures_without_progress + 1,
         active_seconds=view.record.active_seconds + _seconds(ended),
@@ -227,7 +258,11 @@ def _is_still_full(view: View, attempt: Attempt) -> bool:
 def _is_still_running(view: View, pod: Pod) -> bool:
     if pod.is_over:
         return False
-    return pod.deleting_since is None or view.seconds_since(pod.deleting_since) < LOST_POD_SECONDS
+    if pod.deleting_since is None:
+        return True
+    # A node that does not answer has not told the pod to stop: no grace is under way there.
+    grace = 0 if is_on_lost_node(pod) else pod.grace_seconds
+    return view.seconds_since(pod.deleting_since) < grace + LOST_POD_SECONDS
 
 
 def _next_while_running(view: View, attempt: Attempt, job: Job) -> Step:

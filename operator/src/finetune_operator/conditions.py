@@ -71,6 +71,7 @@ class Reason(enum.StrEnum):
     JOB_DELETED = "JobDeleted"
     POD_DELETED = "PodDeleted"
     INTERRUPTED = "Interrupted"
+    RESTARTED_IN_POD = "RestartedInPod"
     HOST_OUT_OF_MEMORY = "OutOfMemoryKilled"
     NO_PROGRESS = "NoProgress"
     RESTARTS_EXHAUSTED = "RestartsExhausted"

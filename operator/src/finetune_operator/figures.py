@@ -66,6 +66,14 @@ def build_attempt(observed: Observed, attempt: records.Attempt) -> dict[str, Any
     }
 
 
+def count_in_pod_restarts(observed: Observed) -> int:
+    """Return how often the ranks of the attempt under way were restarted inside their pod; later the record counts."""
+    attempt, progress = observed.record.attempt, observed.progress
+    if attempt is None or attempt.end_time or progress is None or progress.attempt != attempt.number:
+        return 0
+    return int(progress.report.metrics.get(Metric.IN_POD_RESTARTS, 0))
+
+
 def build_failure(record: records.Record) -> dict[str, Any] | None:
     failure = record.last_failure
     if failure is None:

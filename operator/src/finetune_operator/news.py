@@ -39,6 +39,11 @@ _ANNOUNCED = frozenset(
 def _select_attempt_events(old: Previous, new: Previous) -> list[tuple[str, str, str]]:
     known = {each.number: each for each in old.attempts}
     events = []
+    newest = new.attempts[-1] if new.attempts else None
+    is_same = newest is not None and newest.number in known and newest.end_time is None
+    if newest is not None and is_same and (new.restarts or 0) > (old.restarts or 0):
+        text = f"attempt {newest.number}: ranks that crashed were restarted inside their pod, whose log says why"
+        events.append(("Warning", "RanksRestarted", text))
     for attempt in new.attempts:
         before = known.get(attempt.number)
         if before is None:

@@ -66,6 +66,9 @@ class Pod:
     created_at: Time | None = None
     started_at: Time | None = None
     deleting_since: Time | None = None
+    """When it was asked to go."""
+    grace_seconds: int = 0
+    """How long it may take to stop."""
     owner_uid: str = ""
 
     @property
@@ -216,9 +219,16 @@ def view_pod(item: Json) -> Pod:
         exit=_view_exit(container),
         created_at=to_time(meta.get("creationTimestamp") or ""),
         started_at=to_time(status.get("startTime") or ""),
-        deleting_since=to_time(meta.get("deletionTimestamp") or ""),
+        deleting_since=_view_deletion(meta),
+        grace_seconds=int(spec.get("terminationGracePeriodSeconds") or 0),
         owner_uid=owners[0].get("uid", ""),
     )
+
+
+def _view_deletion(meta: Json) -> Time | None:
+    """Return when a pod was asked to go: Kubernetes writes when it has to be gone."""
+    due = to_time(meta.get("deletionTimestamp") or "")
+    return due - datetime.timedelta(seconds=meta.get("deletionGracePeriodSeconds") or 0) if due else None
 
 
 def _own_container(status: Json) -> Json:

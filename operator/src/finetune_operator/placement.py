@@ -25,6 +25,8 @@ class Preset:
 
     requirements: tuple[Requirement, ...]
     tolerations: tuple[Mapping[str, Any], ...]
+    notice_seconds: int = 0
+    """How long before it takes a node away the cloud says so; 0: it takes none."""
 
 
 def _one_of(key: str, *values: str) -> Requirement:
@@ -56,6 +58,7 @@ PRESETS: Mapping[str, Preset] = {
     "aks-a100-spot": Preset(
         (_AKS_NODES, _one_of("kubernetes.azure.com/accelerator", "nvidia"), _one_of(_AKS_SPOT_KEY, "spot")),
         (_AKS_GPU_TAINT, _AKS_SPOT_TAINT, _GPU_TAINT),
+        notice_seconds=30,
     ),
     "gke-a100": Preset(
         (_one_of("cloud.google.com/gke-accelerator", "nvidia-a100-80gb", "nvidia-tesla-a100"),),

@@ -41,6 +41,8 @@ class Attempt:
     """Newest complete checkpoint's step, as far as is known."""
     is_counted: bool = False
     """It uses up one of failurePolicy.maxRestarts."""
+    in_pod_restarts: int = 0
+    """How often its ranks were restarted inside their pod; each is a restart that counts."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +95,10 @@ class Record:
     """Consecutive failed attempts that completed no new checkpoint; sets the backoff."""
     global_batch: int = 0
     """Sequences per optimizer step over all processes, fixed by the first attempt; 0: not yet."""
+    save_seconds: float = 0.0
+    """Longest measured save, from its start until it was committed; sets how long pods may take to stop."""
+    step_seconds: float = 0.0
+    """Longest measured optimizer step."""
     active_seconds: float = 0.0
     """Time with pods, over all Jobs that have ended."""
     storage_full_at: int = 0

@@ -24,6 +24,7 @@ from .figures import (
     build_promotion,
     build_resolved,
     build_serving,
+    count_in_pod_restarts,
     finite_scores,
 )
 from .observed import Observed
@@ -51,8 +52,8 @@ def build_status(plan: Plan, observed: Observed, step: Step, previous: Previous,
             "completion_time": records.to_time(terminal.time) if terminal else None,
             "progress": build_progress(observed, previous),
             "attempts": [build_attempt(observed, each) for each in record.attempts],
-            "restarts": record.restarts,
-            "restarts_count_towards_max": record.restarts_counted,
+            "restarts": record.restarts + count_in_pod_restarts(observed),
+            "restarts_count_towards_max": record.restarts_counted + count_in_pod_restarts(observed),
             "excluded_nodes": [{"name": name, "reason": why} for name, why in record.excluded_nodes.items()],
             "last_failure": build_failure(record),
             "resolved": build_resolved(plan, observed),

@@ -242,10 +242,14 @@ def test_the_next_attempt_waits_for_old_pods_but_not_for_those_of_lost_nodes():
     plan = make_test_plan()
     ended = make_attempt(plan, end_time=to_text(NOW), reason="NodeLost")
     record = make_record(Phase.INSPECT, Phase.PREPARE, attempts=(ended,), claim_uid="claim")
-    pod = make_pod(make_training_job(plan), deleting_since=NOW)
+    pod = make_pod(make_training_job(plan), deleting_since=NOW, grace_seconds=300)
     world = make_observed(plan, record, pods=(pod,))
-    assert isinstance(look(plan, world, NOW + seconds(100)), Wait)
-    assert isinstance(look(plan, world, NOW + seconds(200)), WriteRecord)
+    assert isinstance(look(plan, world, NOW + seconds(330)), Wait)
+    assert isinstance(look(plan, world, NOW + seconds(370)), WriteRecord)
+    lost = {"DisruptionTarget": PodCondition("True", "DeletionByTaintManager")}
+    world = make_observed(plan, record, pods=(dataclasses.replace(pod, conditions=lost),))
+    assert isinstance(look(plan, world, NOW + seconds(30)), Wait)
+    assert isinstance(look(plan, world, NOW + seconds(70)), WriteRecord)
 
 
 def test_suspending_is_remembered_then_the_job_is_removed_then_it_waits():
@@ -484,3 +488,23 @@ def test_unschedulable_pods_are_looked_at_again_when_the_grace_is_over():
     early, late = look(plan, world, NOW + seconds(10)), look(plan, world, NOW + seconds(45))
     assert early.until == NOW + seconds(45)
     assert (late.situation.reason, late.situation.condition) == ("Unschedulable", "Scheduled")
+
+
+def test_ranks_restarted_inside_their_pod_count_and_the_time_of_a_save_is_remembered():
+    details = {"in_pod_restarts": 2, "save_seconds": 90.5, "step_seconds": 4.0, "latest_complete": 8}
+    step = end_attempt(plan := make_test_plan(), details=details)
+    record = step.record
+    assert (record.restarts, record.restarts_counted, record.attempt.in_pod_restarts) == (3, 3, 2)
+    assert record.restarts_by_reason == {"RankFailed": 1, "RestartedInPod": 2}
+    assert (record.save_seconds, record.step_seconds) == (90.5, 4.0)
+    job = make_training_job(plan, is_succeeded=True)
+    pod = make_pod(job, exit=make_exit(report=make_report("train", 0, "Completed", "", details={"in_pod_restarts": 1})))
+    record = dataclasses.replace(record, attempts=(make_attempt(plan),))
+    step = look(plan, make_training_world(plan, pod, job=job, record=record))
+    assert (step.record.restarts, step.record.restarts_counted) == (4, 4)
+
+
+def test_restarts_inside_a_pod_use_up_the_restarts_of_the_job():
+    plan = make_test_plan(failurePolicy={"maxRestarts": 2})
+    step = end_attempt(plan, details={"in_pod_restarts": 2})
+    assert step.record.terminal.reason == "RestartsExhausted"

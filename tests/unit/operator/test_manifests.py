@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+
 import pytest
 
 from finetune_contract.reports import Phase
@@ -197,3 +200,55 @@ def test_users_environment_wins_over_ours():
     plan = make_test_plan(pod={"env": [{"name": "OMP_NUM_THREADS", "value": "7"}]}, resources={"gpusPerNode": 0})
     env = _container(build_attempt(plan, RECORD, 1, "CA")[1])["env"]
     assert [each["value"] for each in env if each["name"] == "OMP_NUM_THREADS"] == ["7"]
+
+
+def training_pod(record=RECORD, **spec):
+    return build_attempt(make_test_plan(**spec), record, 1, "CA")[1]["spec"]["template"]["spec"]
+
+
+def environment_of(pod):
+    return {each["name"]: each.get("value") for each in pod["containers"][0]["env"]}
+
+
+def test_a_training_pod_may_take_as_long_to_stop_as_a_step_and_two_saves():
+    measured = dataclasses.replace(RECORD, save_seconds=400.0, step_seconds=20.0)
+    pod = training_pod(measured)
+    assert pod["terminationGracePeriodSeconds"] == 840
+    assert environment_of(pod)["FINETUNE_NOTICE_SECONDS"] == "840"
+    assert environment_of(pod)["FINETUNE_SAVE_SECONDS"] == "400.0"
+    assert training_pod(dataclasses.replace(RECORD, save_seconds=1.0))["terminationGracePeriodSeconds"] == 120
+    assert training_pod(dataclasses.replace(RECORD, save_seconds=9e9))["terminationGracePeriodSeconds"] == 3600
+
+
+def test_before_a_save_has_been_measured_its_time_follows_from_the_models_size():
+    details = {**RECORD.details(Phase.INSPECT), "model_parameters": 7_000_000_000}
+    grace = training_pod(RECORD.with_phase(Phase.INSPECT, details))["terminationGracePeriodSeconds"]
+    assert 1200 < grace < 3600
+    lora = training_pod(RECORD.with_phase(Phase.INSPECT, details), training={"method": "lora"})
+    assert lora["terminationGracePeriodSeconds"] == 120
+
+
+def test_on_spot_nodes_a_pod_counts_on_the_clouds_notice_only():
+    pod = training_pod(placement={"preset": "aks-a100-spot"})
+    assert environment_of(pod)["FINETUNE_NOTICE_SECONDS"] == "30"
+    assert pod["terminationGracePeriodSeconds"] >= 120
+
+
+@pytest.mark.parametrize(
+    ("spec", "restarts_counted", "allowed"),
+    [
+        ({}, 0, 3),
+        ({}, 4, 1),
+        ({"failurePolicy": {"maxRestarts": 2}}, 0, 2),
+        ({"failurePolicy": {"maxRestarts": 2}}, 5, 0),
+        ({"resources": {"nodes": 2}, "workspace": {"accessMode": "ReadWriteMany"}}, 0, 0),
+        (
+            {"failurePolicy": {"rules": [{"name": "r", "onExitCodes": {"values": [1]}, "action": "FailJob"}]}},
+            *(0, 0),
+        ),
+    ],
+)
+def test_ranks_restart_inside_their_pod_only_where_the_job_allows_restarts(spec, restarts_counted, allowed):
+    record = dataclasses.replace(RECORD, restarts_counted=restarts_counted)
+    config_map, _ = build_attempt(make_test_plan(**spec), record, 1, "CA")
+    assert json.loads(config_map["data"]["run.json"])["topology"]["in_pod_restarts"] == allowed

@@ -15,6 +15,7 @@ from finetune_operator.record import Record
 from finetune_operator.sizing import choose_accumulation, choose_zero_stage
 
 from .common import build_config_map
+from .stopping import count_allowed_in_pod_restarts
 
 
 def build_run_config(plan: Plan, record: Record, attempt: int = 0) -> RunConfig:
@@ -31,7 +32,11 @@ def build_run_config(plan: Plan, record: Record, attempt: int = 0) -> RunConfig:
         model=_pin(run.model, str(inspected.get("model_revision") or "")),
         dataset=dataclasses.replace(run.dataset, sources=sources),
         training=_resolve_batch(plan, record),
-        topology=dataclasses.replace(run.topology, rendezvous_host=host),
+        topology=dataclasses.replace(
+            run.topology,
+            rendezvous_host=host,
+            in_pod_restarts=count_allowed_in_pod_restarts(plan, record) if attempt else 0,
+        ),
         promotion=dataclasses.replace(run.promotion, digest=str(record.details(Phase.PROMOTE).get("digest") or "")),
     )
 

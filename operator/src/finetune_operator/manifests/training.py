@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from finetune_contract import environment
@@ -13,9 +14,8 @@ from finetune_operator.record import Record
 
 from .common import Container, build_job, build_labels, build_metadata, build_pod_spec
 from .run_config import build_run_config, build_run_config_map
+from .stopping import choose_grace_seconds, choose_notice_seconds, expect_save_seconds
 
-GRACE_SECONDS = 120
-"""From SIGTERM to SIGKILL: time to finish a step and save."""
 LOST_NODE_SECONDS = 60
 """How long a node may be unreachable before its pod is given up; Kubernetes' default is 300."""
 METRICS_PORT = 9464
@@ -62,10 +62,16 @@ def build_attempt(plan: Plan, record: Record, number: int, progress_ca: str) -> 
     run = build_run_config(plan, record, number)
     config_map = build_run_config_map(plan, name, Phase.TRAIN, run, progress_ca)
     config_map["metadata"]["labels"][naming.LABEL_ATTEMPT] = str(number)
-    pod_spec = build_pod_spec(plan, _container(plan, name, number), avoid_nodes(sorted(record.excluded_nodes)))
+    grace_seconds = choose_grace_seconds(plan, record)
+    own = {
+        environment.ATTEMPT: str(number),
+        environment.NOTICE_SECONDS: str(choose_notice_seconds(plan, grace_seconds)),
+        environment.SAVE_SECONDS: f"{expect_save_seconds(plan, record):.1f}",
+    }
+    pod_spec = build_pod_spec(plan, _container(plan, name, own), avoid_nodes(sorted(record.excluded_nodes)))
     pod_spec |= {
         "subdomain": plan.names.training_service,
-        "terminationGracePeriodSeconds": GRACE_SECONDS,
+        "terminationGracePeriodSeconds": grace_seconds,
         "tolerations": [*pod_spec.get("tolerations", ()), *_lost_node_tolerations()],
     }
     nodes = plan.run.topology.nodes
@@ -103,15 +109,13 @@ def _lost_node_tolerations() -> list[dict[str, Any]]:
     ]
 
 
-def _container(plan: Plan, config_map: str, number: int) -> Container:
+def _container(plan: Plan, config_map: str, env: Mapping[str, str]) -> Container:
     resources = plan.resources
     amounts = {"cpu": resources.cpu, "memory": resources.memory}
     requests = {name: value for name, value in amounts.items() if value} | dict(resources.extended)
     limits = ({"memory": resources.memory} if resources.memory else {}) | dict(resources.extended)
-    own: tuple[dict[str, Any], ...] = (
-        {"name": environment.ATTEMPT, "value": str(number)},
-        {"name": environment.METRICS_PORT, "value": str(METRICS_PORT)},
-    )
+    values = {**env, environment.METRICS_PORT: str(METRICS_PORT)}
+    own = tuple({"name": variable, "value": value} for variable, value in values.items())
     return Container(
         phase=Phase.TRAIN,
         config_map=config_map,

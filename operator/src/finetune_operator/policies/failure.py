@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from finetune_contract.reports import ExitCode
 from finetune_contract.reports import Reason as PodReason
@@ -55,6 +56,8 @@ class Diagnosis:
     log: str = ""
     last_step: int = 0
     resumed_from_step: int | None = None
+    details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """What the failed pod reported besides."""
 
 
 def explain_failure(job: Job, pods: Sequence[Pod], now: datetime.datetime) -> Diagnosis:
@@ -84,6 +87,12 @@ def choose_first_failed(pods: Sequence[Pod]) -> Pod | None:
         return (not pod.has("DisruptionTarget"), code in (ExitCode.SUSPENDED, _SIGTERM), ended, pod.index)
 
     return min(failed, key=order, default=None)
+
+
+def is_on_lost_node(pod: Pod) -> bool:
+    """Was the pod given up because its node does not answer?"""
+    disruption = pod.conditions.get("DisruptionTarget")
+    return disruption is not None and DISRUPTIONS.get(disruption.reason) == Reason.NODE_LOST
 
 
 def _has_failed(pod: Pod) -> bool:
@@ -123,6 +132,7 @@ def explain_pod(pod: Pod, now: datetime.datetime) -> Diagnosis:
         log=own,
         last_step=int(details.get("latest_complete") or 0),
         resumed_from_step=int(resumed) if resumed is not None else None,
+        details=details,
     )
 
 
