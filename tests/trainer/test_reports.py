@@ -1,5 +1,6 @@
 """What a training pod tells while it runs, and when its volume is full."""
 
+import datetime as dt
 import http.server
 import json
 import os
@@ -73,15 +74,24 @@ def test_progress_is_posted_once_per_report_with_step_loss_and_checkpoints(make_
     assert last.metrics[Metric.LATEST_CHECKPOINT] == 8
     assert last.metrics[Metric.LOSS] > 0
     assert last.metrics[Metric.TOKENS_PER_SECOND] > 0
+    assert last.metrics[Metric.CHECKPOINT_BYTES] == run.manifests()[8].num_bytes
+    committed = dt.datetime.fromisoformat(run.manifests()[8].created_at)
+    assert last.metrics[Metric.CHECKPOINT_TIME] == committed.timestamp()
+    assert last.metrics[Metric.SAVE_SECONDS] >= last.metrics[Metric.CHECKPOINT_SECONDS] > 0
+    productive = [report.metrics[Metric.PRODUCTIVE_SECONDS] for report in reports]
+    assert productive == sorted(productive)
+    assert productive[0] == 0 < productive[-1]
     # Transformers would post to the same URL by itself; its posts have other metrics beside the step.
     assert not any("mean_token_accuracy" in report.metrics for report in reports)
 
 
 def test_each_logged_step_has_a_line_in_the_metrics_file(make_run):
     run = make_run("llama", "workspace", "training.logging_steps=2", "checkpoint.every_steps=4")
-    run.train("training.max_steps=4")
-    run.train("training.max_steps=6")
+    first = run.train("training.max_steps=4")
+    second = run.train("training.max_steps=6")
 
+    # The time in steps is saved with a checkpoint, and goes on from there.
+    assert second["productive_seconds"] > first["productive_seconds"] > 0
     lines = [json.loads(line) for line in (run.workspace.reports / "metrics.jsonl").read_text().splitlines()]
 
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 4, 6]
@@ -106,6 +116,8 @@ def test_prometheus_can_scrape_a_training_pod(make_run, monkeypatch):
     assert float(values["finetune_training_total_steps"]) == 100000
     assert float(values["finetune_training_loss"]) > 0
     assert float(values["finetune_training_checkpoint_seconds"]) > 0
+    assert float(values["finetune_training_checkpoint_bytes"]) > 0
+    assert float(values["finetune_training_productive_seconds"]) > 0
 
 
 def _scrape(port):

@@ -115,6 +115,9 @@ def test_a_rank_that_dies_for_good_is_named_with_its_cause(make_run):
     report = run.report("train")
     assert (report["reason"], report["rank"]) == (Reason.KILLED, 1)
     assert "rank 1 was killed by SIGKILL" in report["message"]
+    # What a killed rank had done is known although it said nothing.
+    assert report["details"]["step"] >= 2
+    assert report["details"]["productive_seconds"] > 0
 
 
 def test_an_older_attempt_stops_without_writing_when_a_newer_one_owns_the_workspace(make_run):

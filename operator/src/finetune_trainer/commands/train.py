@@ -13,6 +13,7 @@ from finetune_contract.run_config import RunConfig
 from finetune_contract.workspace import Workspace
 from finetune_trainer.commands import plain
 from finetune_trainer.commands.common import apply_workspace_lock
+from finetune_trainer.errors import TrainerError
 from finetune_trainer.reporting import write_exit_report
 
 
@@ -28,6 +29,7 @@ def run(args: argparse.Namespace) -> int:
     _set_environment(settings)
 
     from finetune_trainer.training.inputs import check_settings, read_inputs
+    from finetune_trainer.training.ledger import WorkLedger
     from finetune_trainer.training.rank import run_rank
     from finetune_trainer.training.stack import import_stack
     from finetune_trainer.training.supervisor import run_ranks
@@ -36,9 +38,14 @@ def run(args: argparse.Namespace) -> int:
     attempt = _read_attempt(workspace)
     import_stack(settings.training.tracking, uses_gpus=settings.topology.gpus_per_node > 0)
     inputs = read_inputs(settings)
-    outcome = run_ranks(lambda: run_rank(inputs, attempt), inputs.run.topology, inputs.run.training)
+    ledger = WorkLedger()
+    try:
+        outcome = run_ranks(lambda: run_rank(inputs, attempt, ledger), inputs.run.topology, inputs.run.training)
+    except TrainerError as error:
+        error.details.update(ledger.to_details())
+        raise
     has_stopped = outcome.exit_code == ExitCode.SUSPENDED
-    results = {**outcome.results, "in_pod_restarts": outcome.num_restarts}
+    results = {**ledger.to_details(), **outcome.results, "in_pod_restarts": outcome.num_restarts}
     step, total = results.get("step", 0), results.get("total_steps", 0)
     message = f"stopped on request at step {step} of {total}" if has_stopped else f"trained {step} steps"
     reason = Reason.SUSPENDED if has_stopped else Reason.COMPLETED

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 import math
 import os
@@ -21,6 +22,7 @@ from finetune_trainer.distributed import ControlGroup
 from finetune_trainer.errors import StopRequested, TrainerError
 from finetune_trainer.reporting import ProgressReporter, emit, now_text
 from finetune_trainer.training.keeper import CheckpointKeeper
+from finetune_trainer.training.ledger import WorkLedger
 
 
 class StopFlag:
@@ -90,11 +92,16 @@ class FiniteLossCallback(TrainerCallback):  # type: ignore[misc]
 
 
 class ProgressCallback(TrainerCallback):  # type: ignore[misc]
-    """Posts progress, appends to metrics.jsonl and serves Prometheus metrics; on rank 0 only."""
+    """Posts progress, appends to metrics.jsonl, serves Prometheus metrics, counts productive time; on rank 0 only.
 
-    def __init__(self, run: RunConfig, keeper: CheckpointKeeper, tokens_per_step: float) -> None:
+    Productive is the time in optimizer steps, the data's loading included; saves, evaluations and starts are not. The
+    sum is saved with each checkpoint and goes on from there, so that steps which a restart threw away are not in it.
+    """
+
+    def __init__(self, run: RunConfig, keeper: CheckpointKeeper, tokens_per_step: float, ledger: WorkLedger) -> None:
         self._keeper = keeper
         self._tokens_per_step = tokens_per_step
+        self._ledger = ledger
         self._reporter = ProgressReporter()
         reports = Workspace(pathlib.Path(run.workspace)).reports
         reports.mkdir(parents=True, exist_ok=True)
@@ -102,24 +109,44 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
         self._gauges = _serve_gauges()
         self._first: tuple[int, float] | None = None
         self._last: tuple[int, float] = (0, 0.0)
+        self._productive_seconds = 0.0
+        self._step_started: float | None = None
+        self._reported = ""
+        """When the newest checkpoint that was reported was committed."""
         self.loss: float | None = None
         """Last logged loss."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Say where the run starts."""
         self._last = (state.global_step, time.monotonic())
+        self._productive_seconds = float(state.stateful_callbacks.get(_STATE, {}).get("productive_seconds", 0.0))
+        self._ledger.begin(state.global_step, self._productive_seconds)
         self._reporter.__enter__()
         emit("training", step=state.global_step, total_steps=state.max_steps)
         metrics: dict[str, float] = {}
         if self._keeper.resumed_from is not None:
-            metrics[Metric.RESUMED_FROM] = self._keeper.resumed_from
+            metrics = {Metric.RESUMED_FROM: self._keeper.resumed_from, **self._describe_checkpoints()}
+        self._reported = self._keeper.last_committed_at
         self._post(state, metrics, urgent=True)
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock of the first step; each other step begins where the one before has ended."""
+        if self._step_started is None:
+            self._step_started = time.monotonic()
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Note the first step: rates are measured from there, since it also warms caches up."""
-        if self._first is None:
-            self._first = (state.global_step, time.monotonic())
-            self._post(state, {}, urgent=True)
+        """Count the step. Rates are measured from the end of the first, since it also warms caches up."""
+        now = time.monotonic()
+        self._productive_seconds += now - (now if self._step_started is None else self._step_started)
+        self._step_started = now
+        # Whoever saves the Trainer's state at this step saves the sum with it.
+        state.stateful_callbacks[_STATE] = {"productive_seconds": self._productive_seconds}
+        self._ledger.note(state.global_step, self._productive_seconds)
+        self._report_commit(state)
+        is_first = self._first is None
+        if is_first:
+            self._first = (state.global_step, now)
+        self._post(state, {}, urgent=is_first)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
         """Report a logged step."""
@@ -139,26 +166,46 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
         self._post(state, metrics)
         emit("step", step=state.global_step, of=state.max_steps, loss=logs["loss"], tokens_per_second=round(rate))
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Report a committed checkpoint."""
-        keeper = self._keeper
-        # Time spent on a save is no training time.
-        self._last = (self._last[0], self._last[1] + keeper.last_seconds)
-        metrics: dict[str, float] = {
-            Metric.LATEST_CHECKPOINT: keeper.latest_complete or 0,
-            Metric.NUM_CHECKPOINTS: len(keeper.kept),
-            Metric.CHECKPOINT_SECONDS: keeper.last_seconds,
-        }
-        if keeper.best is not None:
-            metrics[Metric.BEST_CHECKPOINT] = keeper.best
-        self._write(state, metrics)
-        self._post(state, metrics, urgent=True)
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take the evaluation out of the next step's time."""
+        self._step_started = time.monotonic()
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Send the last report and close the file."""
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take the save out of the next step's time, and report it if it is committed by now."""
+        self._step_started = time.monotonic()
+        # Time spent on a save is no training time.
+        self._last = (self._last[0], self._last[1] + self._keeper.last_seconds)
+        self._report_commit(state)
+
+    def finish(self, state: Any) -> None:
+        """Send the last report, after the last commit, and close the file."""
+        self._report_commit(state)
         self._post(state, {}, urgent=True)
         self._reporter.__exit__(None, None, None)
         self._file.close()
+
+    def _report_commit(self, state: Any) -> None:
+        """Report the newest checkpoint once it is committed, which may be some steps after its save began."""
+        if self._keeper.last_committed_at == self._reported:
+            return
+        self._reported = self._keeper.last_committed_at
+        metrics = self._describe_checkpoints()
+        self._write(state, metrics)
+        self._post(state, metrics, urgent=True)
+
+    def _describe_checkpoints(self) -> dict[str, float]:
+        keeper = self._keeper
+        metrics: dict[str, float] = {
+            Metric.LATEST_CHECKPOINT: keeper.latest_complete or 0,
+            Metric.NUM_CHECKPOINTS: len(keeper.kept),
+            Metric.CHECKPOINT_BYTES: keeper.last_bytes,
+            Metric.CHECKPOINT_TIME: dt.datetime.fromisoformat(keeper.last_committed_at).timestamp(),
+        }
+        if keeper.last_save_seconds > 0:
+            metrics |= {Metric.CHECKPOINT_SECONDS: keeper.last_seconds, Metric.SAVE_SECONDS: keeper.last_save_seconds}
+        if keeper.best is not None:
+            metrics[Metric.BEST_CHECKPOINT] = keeper.best
+        return metrics
 
     def _write(self, state: Any, metrics: dict[str, float]) -> None:
         line = {"step": state.global_step, "at": now_text(), **{str(key): value for key, value in metrics.items()}}
@@ -166,7 +213,13 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
         self._file.flush()
 
     def _post(self, state: Any, metrics: dict[str, float], urgent: bool = False) -> None:
-        metrics = {str(Metric.STEP): state.global_step, str(Metric.TOTAL_STEPS): state.max_steps, **metrics}
+        metrics = {
+            Metric.STEP: state.global_step,
+            Metric.TOTAL_STEPS: state.max_steps,
+            Metric.PRODUCTIVE_SECONDS: round(self._productive_seconds, 3),
+            Metric.STEPS_LOST: self._ledger.steps_lost,
+            **metrics,
+        }
         share = state.global_step / max(state.max_steps, 1)
         eta = None
         if self._first is not None and state.global_step > self._first[0]:
@@ -178,6 +231,8 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
                 self._gauges[name].set(value)
 
 
+_STATE = "finetune_progress"
+"""Entry of the Trainer's state that carries the productive seconds into each checkpoint and back."""
 _HELP = {
     Metric.STEP: "Optimizer steps done",
     Metric.TOTAL_STEPS: "Optimizer steps of the whole run",
@@ -187,7 +242,12 @@ _HELP = {
     Metric.TOKENS_PER_SECOND: "Real tokens trained on per second, all ranks",
     Metric.LATEST_CHECKPOINT: "Step of the newest complete checkpoint",
     Metric.NUM_CHECKPOINTS: "Complete checkpoints on the workspace",
-    Metric.CHECKPOINT_SECONDS: "Time training stood still for the last save",
+    Metric.CHECKPOINT_TIME: "When the newest complete checkpoint was committed, in seconds since 1970",
+    Metric.CHECKPOINT_BYTES: "Size of the newest complete checkpoint",
+    Metric.CHECKPOINT_SECONDS: "Time training stood still for the newest save",
+    Metric.SAVE_SECONDS: "Time from the start of the newest save until it was committed",
+    Metric.PRODUCTIVE_SECONDS: "Time in the optimizer steps that led to the present weights, over all attempts",
+    Metric.STEPS_LOST: "Optimizer steps of this attempt that restarts inside its pod threw away",
 }
 
 

@@ -13,11 +13,12 @@ import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from finetune_contract.checkpoint_sizes import estimate_checkpoint_bytes
 from finetune_contract.reports import ExitCode
 from finetune_contract.workspace import Workspace
-from finetune_trainer.checkpoints import disk
 from finetune_trainer.distributed import ControlGroup, read_rank
 from finetune_trainer.training.inputs import Inputs
+from finetune_trainer.training.ledger import WorkLedger
 from finetune_trainer.training.schedule import count_steps
 from finetune_trainer.training.tokens import TokenizedRows
 
@@ -25,7 +26,7 @@ COLLECTIVE_SECONDS = 1800
 """How long a rank waits for the others in one collective before it gives up."""
 
 
-def run_rank(inputs: Inputs, attempt: int) -> tuple[int, dict[str, Any]]:
+def run_rank(inputs: Inputs, attempt: int, ledger: WorkLedger) -> tuple[int, dict[str, Any]]:
     """Train, and return the exit code with the results for the exit report."""
     from finetune_trainer.training.arguments import build_arguments
     from finetune_trainer.training.callbacks import SaveAndStopCallback, StopFlag
@@ -48,9 +49,11 @@ def run_rank(inputs: Inputs, attempt: int) -> tuple[int, dict[str, Any]]:
     trainer = _build_trainer(inputs, arguments, keeper)
     saver = SaveAndStopCallback(group, stop, run.checkpoint.every_minutes)
     trainer.add_callback(saver)
-    progress = _add_progress(trainer, inputs, keeper)
+    progress = _add_progress(trainer, inputs, keeper, ledger)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.commit_last()
+    if progress is not None:
+        progress.finish(trainer.state)
     _close_trackers(run.training.tracking)
     loss = progress.loss if progress is not None else None
     code = ExitCode.SUSPENDED if saver.has_stopped else ExitCode.OK
@@ -151,7 +154,7 @@ def _list_column(lists: Iterable[array.array[int]]) -> Any:
     return pyarrow.LargeListArray.from_arrays(ends, flat)
 
 
-def _add_progress(trainer: Any, inputs: Inputs, keeper: Any) -> Any:
+def _add_progress(trainer: Any, inputs: Inputs, keeper: Any, ledger: WorkLedger) -> Any:
     from finetune_trainer.training.callbacks import ProgressCallback
 
     if keeper.group.rank != 0:
@@ -159,7 +162,7 @@ def _add_progress(trainer: Any, inputs: Inputs, keeper: Any) -> Any:
     per_row = inputs.train.num_tokens / len(inputs.train.rows)
     training = inputs.run.training
     rows = training.per_device_batch_size * training.gradient_accumulation_steps * keeper.group.size
-    progress = ProgressCallback(inputs.run, keeper, per_row * rows)
+    progress = ProgressCallback(inputs.run, keeper, per_row * rows, ledger)
     trainer.add_callback(progress)
     return progress
 
@@ -183,7 +186,7 @@ def _estimate_bytes(trainer: Any, run: Any) -> int:
         count = getattr(parameter, "ds_numel", parameter.numel())
         saved += count if parameter.requires_grad or run.training.method == "full" else 0
         trained += count if parameter.requires_grad else 0
-    return disk.estimate_checkpoint_bytes(trained, saved, run.training.zero_stage)
+    return estimate_checkpoint_bytes(trained, saved, run.training.zero_stage)
 
 
 def _results(keeper: Any, step: int, total_steps: int, loss: float | None) -> dict[str, Any]:
@@ -195,4 +198,8 @@ def _results(keeper: Any, step: int, total_steps: int, loss: float | None) -> di
         "checkpoints": keeper.kept,
         "latest_complete": keeper.latest_complete,
         "best": keeper.best,
+        "checkpoint_bytes": keeper.last_bytes,
+        "committed_at": keeper.last_committed_at,
+        "save_seconds": keeper.last_save_seconds,
+        "stall_seconds": keeper.last_seconds,
     }
