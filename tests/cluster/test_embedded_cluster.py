@@ -108,7 +108,7 @@ def list_processes_naming(text):
 
 
 def list_control_groups(name):
-    return [str(path) for path in Path("/sys/fs/cgroup").glob(f"*/finetune-{name}")]
+    return [str(path) for path in Path("/sys/fs/cgroup").glob(f"*/finetune-{name}-*")]
 
 
 @pytest.fixture(scope="module")
@@ -234,6 +234,23 @@ def test_each_of_two_clusters_survives_the_others_end(cluster, make_cluster):
     other.up()
     cluster.kubectl("delete", "pod", "survivor")
     assert other.status["state"] == "up"
+
+
+def test_a_cluster_that_is_down_leaves_its_network_to_one_of_another_cache_folder(cluster, tmp_path):
+    folder = tmp_path / "clusters" / cluster.name
+    folder.mkdir(parents=True)
+    block = cluster.status["nodeAddress"].split(".")[1]
+    (folder / "block").write_text(block)
+    there = subprocess.run(
+        [sys.executable, str(TOOL), "status", "--name", cluster.name],
+        env={**os.environ, "FINETUNE_CACHE": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    status = json.loads(there.stdout)
+    assert status["state"] == "down"
+    assert status["nodeAddress"].split(".")[1] != block
 
 
 def test_up_on_a_healthy_cluster_restarts_nothing(cluster):

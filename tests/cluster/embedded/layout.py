@@ -67,7 +67,8 @@ class Cluster:
 
     @property
     def cgroup(self) -> str:
-        return f"finetune-{self.name}"
+        """Unique on the host while the cluster runs, also beside one of that name in another cache folder."""
+        return f"finetune-{self.name}-{self.block}"
 
     @property
     def node_name(self) -> str:
@@ -133,29 +134,40 @@ class Cluster:
 
 
 def open_cluster(name: str) -> Cluster:
-    """The cluster of that name; gives a new one the first address block that nothing on this host uses."""
+    """The cluster of that name; gives one that is down the first address block that nothing on this host uses.
+
+    It keeps the one it had while that is free: a cluster of another cache folder may have taken it meanwhile.
+    """
     if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,18}[a-z0-9])?", name):
         raise ClusterError(f"--name {name!r}: use 1 to 20 lower-case letters, digits and inner hyphens")
     CLUSTERS.mkdir(parents=True, exist_ok=True)
     with held_lock(CLUSTERS / ".lock"):
         block_file = CLUSTERS / name / "block"
-        if not block_file.exists():
-            block_file.parent.mkdir(exist_ok=True)
-            block_file.write_text(str(choose_block(_read_taken_blocks(), _read_routes())))
-        return Cluster(name, int(block_file.read_text()))
+        if block_file.exists():
+            cluster = Cluster(name, int(block_file.read_text()))
+            if cluster.run.exists() or is_free(cluster.block, _read_routes()):
+                return cluster
+        block_file.parent.mkdir(exist_ok=True)
+        block = choose_block(_read_taken_blocks(), _read_routes())
+        block_file.write_text(str(block))
+        return Cluster(name, block)
 
 
 def choose_block(taken: set[int], routes: list[str]) -> int:
     """The first block that no cluster owns and no route of the host overlaps."""
-    networks = [ipaddress.ip_network(route) for route in routes]
     for block in range(FIRST_BLOCK, LAST_BLOCK + 1):
-        candidate = ipaddress.ip_network(f"10.{block}.0.0/16")
-        if block not in taken and not any(candidate.overlaps(network) for network in networks):
+        if block not in taken and is_free(block, routes):
             return block
     raise ClusterError(
         f"no free network: every 10.{FIRST_BLOCK}.0.0/16 to 10.{LAST_BLOCK}.0.0/16 belongs to a cluster or a route; "
         "remove old clusters with `cluster.py down --name NAME --purge`"
     )
+
+
+def is_free(block: int, routes: list[str]) -> bool:
+    """Whether no route of the host overlaps the block."""
+    candidate = ipaddress.ip_network(f"10.{block}.0.0/16")
+    return not any(candidate.overlaps(ipaddress.ip_network(route)) for route in routes)
 
 
 @contextmanager
