@@ -18,7 +18,7 @@ os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu", OMP_NUM_THREADS
 from finetune_contract.workspace import Workspace
 from finetune_trainer.__main__ import main
 from finetune_trainer.checkpoints.layout import list_folders
-from finetune_trainer.checkpoints.manifest import Manifest, read_manifest
+from finetune_trainer.checkpoints.manifest import Manifest, read_manifest, verify_checkpoint
 from tests.support import tiny_models
 from tests.support.waiting import eventually
 
@@ -129,8 +129,8 @@ class Run:
 
     def wait_for_checkpoint(self, step: int) -> None:
         """Wait until a step has been committed."""
-        path = self.workspace.checkpoints / f"checkpoint-{step}" / "finetune-manifest.json"
-        eventually(path.exists, within=120, every=0.01, otherwise=f"{path} is missing")
+        folder = self.workspace.checkpoints / f"checkpoint-{step}"
+        eventually(lambda: not verify_checkpoint(folder), within=120, every=0.01, otherwise=f"{folder} is not complete")
 
 
 def end_state(manifest: Manifest) -> dict[str, str]:

@@ -4,15 +4,34 @@ from __future__ import annotations
 
 from typing import Any
 
+import transformers.trainer
 from trl import SFTTrainer
 
 from finetune_trainer.training.keeper import CheckpointKeeper
+from finetune_trainer.training.sampler import ReadPlan, RowLoader
+
+
+def _skip_passes(loader: RowLoader, num_passes: int) -> RowLoader:
+    return loader.starting_at(num_passes)
+
+
+# The Trainer resumes in the middle of an epoch by drawing and dropping all batches before it; ours begins at the right
+# one. (Its `ignore_data_skip` begins the epoch anew, and miscounts the accumulation at the epoch's end.)
+transformers.trainer.skip_first_batches = _skip_passes
 
 
 class ContractTrainer(SFTTrainer):  # type: ignore[misc]
     """Commits each save through a keeper."""
 
     keeper: CheckpointKeeper
+
+    def get_train_dataloader(self) -> RowLoader:
+        """Return this rank's share of the rows, which needs no replay when it is resumed."""
+        args = self.args
+        plan = ReadPlan(
+            len(self.train_dataset), self._train_batch_size, args.world_size, args.process_index, args.data_seed
+        )
+        return RowLoader(self.train_dataset, self.data_collator, plan)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if self.keeper.latest_complete == self.state.global_step:
