@@ -14,7 +14,7 @@ from finetune_trainer.errors import TrainerError
 from finetune_trainer.storage import Access, open_store, s3_upload
 from finetune_trainer.storage.location import parse_location
 from finetune_trainer.storage.publish import list_model_files, publish_folder
-from finetune_trainer.storage.s3_upload import S3Target
+from finetune_trainer.storage.s3_upload import ChangedFileError, S3Folder, S3Target
 from finetune_trainer.storage.transfer import download_files, list_with_retries
 from tests.support.model_bytes import build_model
 from tests.support.s3_server import running_s3
@@ -247,6 +247,28 @@ def test_no_parts_are_left_behind_when_an_upload_fails(destination, bucket, prom
     with pytest.raises(s3_upload.TemporaryError):
         target.write_file(file)
     assert make_client(destination).list_multipart_uploads(Bucket=bucket).get("Uploads", []) == []
+
+
+@pytest.mark.parametrize("part_bytes", [1 << 20, 1 << 30])
+def test_a_file_that_is_not_what_its_digest_says_never_comes_into_being(destination, bucket, promoted, part_bytes):
+    location = parse_location(f"s3://{bucket}/models", DESTINATION)
+    folder = S3Folder(location, "run", DESTINATION, part_bytes)
+    file = next(file for file in list_model_files(promoted) if file.size == len(BIG))
+    file.path.write_bytes(BIG[:-1] + b"x")
+    with pytest.raises(ChangedFileError, match="its content is not what was saved"):
+        folder.upload(file)
+    assert list_keys(destination, bucket) == []
+    assert make_client(destination).list_multipart_uploads(Bucket=bucket).get("Uploads", []) == []
+
+
+def test_the_parts_of_an_upload_that_was_killed_are_removed(destination, bucket, promoted):
+    client = make_client(destination)
+    for key in ("models/run/shard.pt", "models/other/shard.pt"):
+        upload = client.create_multipart_upload(Bucket=bucket, Key=key)["UploadId"]
+        client.upload_part(Bucket=bucket, Key=key, UploadId=upload, PartNumber=1, Body=b"x" * (5 << 20))
+    S3Folder(parse_location(f"s3://{bucket}/models", DESTINATION), "run", DESTINATION).abort_uploads()
+    left = client.list_multipart_uploads(Bucket=bucket).get("Uploads", [])
+    assert [each["Key"] for each in left] == ["models/other/shard.pt"]
 
 
 def test_a_server_that_is_down_for_a_moment_is_waited_for(tmp_path, monkeypatch):

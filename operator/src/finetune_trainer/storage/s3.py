@@ -101,6 +101,19 @@ def _explain_answer(error: botocore.exceptions.ClientError, access: Access, what
     return access.invalid(what, f"the server answered {said}", hint)
 
 
+def list_objects(client: S3Client, bucket: str, prefix: str) -> tuple[RemoteFile, ...]:
+    """Return the objects below a prefix that ends with a slash. Raises boto3's errors."""
+    pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+    return tuple(
+        RemoteFile(
+            entry["Key"].removeprefix(prefix), entry["Size"], f"etag:{entry['ETag'].strip(chr(34))}", key=entry["Key"]
+        )
+        for page in pages
+        for entry in page.get("Contents", ())
+        if not entry["Key"].endswith("/")
+    )
+
+
 class S3Store:
     """One object, or all objects below a prefix."""
 
@@ -164,18 +177,7 @@ class S3Store:
 
     def _list_prefix(self) -> Listing:
         prefix = self._location.path.rstrip("/") + "/"
-        pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._location.container, Prefix=prefix)
-        files = tuple(
-            RemoteFile(
-                entry["Key"].removeprefix(prefix),
-                entry["Size"],
-                f"etag:{entry['ETag'].strip(chr(34))}",
-                key=entry["Key"],
-            )
-            for page in pages
-            for entry in page.get("Contents", ())
-            if not entry["Key"].endswith("/")
-        )
+        files = list_objects(self._client, self._location.container, prefix)
         if not files:
             raise self._access.not_found(self._location.text)
         revision = make_listing_revision(files)

@@ -1,24 +1,29 @@
 """Uploading to S3 so that what arrived is known to be what left.
 
 Every part carries its MD5, which the server checks on arrival; the whole object's ETag is compared with the one these
-parts must give. Where a server makes ETags in another way, the object is read back and its SHA-256 compared.
+parts must give. Where a server makes ETags in another way, the object is read back and its SHA-256 compared. What is
+read from the disk is compared with the file's SHA-256 before the object comes into being.
 """
 
 from __future__ import annotations
 
 import base64
 import concurrent.futures
+import contextlib
 import hashlib
 import math
 from typing import TYPE_CHECKING, Any
 
 import botocore.exceptions
 
+from finetune_contract.reports import ExitCode, Reason
+from finetune_trainer.errors import TrainerError
 from finetune_trainer.storage.access import Access, TemporaryError
 from finetune_trainer.storage.publish import COMPLETE, LocalFile, damaged, refuse_other_content
-from finetune_trainer.storage.s3 import explain_s3_error, make_s3_client
+from finetune_trainer.storage.s3 import explain_s3_error, list_objects, make_s3_client
 
 if TYPE_CHECKING:
+    from finetune_trainer.storage.base import RemoteFile
     from finetune_trainer.storage.location import Location
 
 PART_BYTES = 64 * 1024 * 1024
@@ -27,38 +32,56 @@ NUM_PARALLEL = 4
 _ERRORS = (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError, OSError)
 
 
-class S3Target:
-    """The prefix `<path>/<digest>/` of a bucket."""
+class ChangedFileError(TrainerError):
+    """A file on this machine is not what its digest says; nothing of it was uploaded."""
 
-    def __init__(self, location: Location, digest: str, access: Access, part_bytes: int = PART_BYTES) -> None:
-        self.url = f"{location.text.rstrip('/')}/{digest}"
+    def __init__(self, file: LocalFile) -> None:
+        message = f"{file.path}: its content is not what was saved (SHA-256 differs)"
+        super().__init__(Reason.DESTINATION_UNAVAILABLE, ExitCode.INTERNAL, message)
+
+
+class S3Folder:
+    """The prefix `<path of the location>/<name>/` of a bucket. Methods raise TrainerError for good, TemporaryError for
+    now.
+    """
+
+    def __init__(self, location: Location, name: str, access: Access, part_bytes: int = PART_BYTES) -> None:
+        self.url = f"{location.text.rstrip('/')}/{name}"
+        """Where its objects are found."""
         self._bucket = location.container
-        self._prefix = f"{location.path.strip('/')}/{digest}/"
+        self._prefix = f"{location.path.strip('/')}/{name}/"
         self._access = access
         self._part_bytes = part_bytes
         self._client = make_s3_client(access)
 
-    def read_complete(self) -> bytes | None:
+    def list_files(self) -> tuple[RemoteFile, ...]:
+        """Return the objects below the prefix, by names relative to it."""
         try:
-            return self._client.get_object(Bucket=self._bucket, Key=self._prefix + COMPLETE)["Body"].read()
+            return list_objects(self._client, self._bucket, self._prefix)
+        except _ERRORS as error:
+            raise self._explain(error) from error
+
+    def read(self, name: str) -> bytes | None:
+        """Return the content of a small object, or None when it is not there."""
+        try:
+            return self._client.get_object(Bucket=self._bucket, Key=self._prefix + name)["Body"].read()
         except _ERRORS as error:
             if _is_missing_key(error):
                 return None
             raise self._explain(error) from error
 
-    def has_same(self, file: LocalFile) -> bool:
-        key = self._prefix + file.name
+    def read_digest(self, name: str) -> tuple[int, str] | None:
+        """Return size and SHA-256 of an uploaded file, or None when it is not there."""
         try:
-            head = self._client.head_object(Bucket=self._bucket, Key=key)
+            head = self._client.head_object(Bucket=self._bucket, Key=self._prefix + name)
         except _ERRORS as error:
             if _is_missing_key(error):
-                return False
+                return None
             raise self._explain(error) from error
-        if head["ContentLength"] == file.size and head.get("Metadata", {}).get("sha256") == file.sha256:
-            return True
-        raise refuse_other_content(self._access, f"{self.url}/{file.name}")
+        return head["ContentLength"], head.get("Metadata", {}).get("sha256", "")
 
-    def write_file(self, file: LocalFile) -> None:
+    def upload(self, file: LocalFile) -> None:
+        """Copy a file, over whatever is there, and verify what arrived."""
         key = self._prefix + file.name
         try:
             etag = self._put(key, file) if file.size <= self._part_bytes else self._put_parts(key, file)
@@ -72,18 +95,35 @@ class S3Target:
         except _ERRORS as error:
             raise self._explain(error) from error
 
-    def write_complete(self, content: bytes) -> None:
+    def write(self, name: str, content: bytes) -> None:
+        """Write a small object of JSON."""
         digest = base64.b64encode(hashlib.md5(content, usedforsecurity=False).digest()).decode()
         try:
             self._client.put_object(
-                Bucket=self._bucket, Key=self._prefix + COMPLETE, Body=content, ContentMD5=digest,
+                Bucket=self._bucket, Key=self._prefix + name, Body=content, ContentMD5=digest,
                 ContentType="application/json",
             )  # fmt: skip
         except _ERRORS as error:
             raise self._explain(error) from error
 
+    def delete(self, name: str) -> None:
+        """Delete an object; one that is not there is no error."""
+        try:
+            self._client.delete_object(Bucket=self._bucket, Key=self._prefix + name)
+        except _ERRORS as error:
+            raise self._explain(error) from error
+
+    def abort_uploads(self) -> None:
+        """Remove the parts that uploads killed half-way have left below the prefix, where that is allowed."""
+        with contextlib.suppress(*_ERRORS):
+            pages = self._client.get_paginator("list_multipart_uploads")
+            for page in pages.paginate(Bucket=self._bucket, Prefix=self._prefix):
+                for upload in page.get("Uploads", ()):
+                    self._abort(upload["Key"], upload["UploadId"])
+
     def _put(self, key: str, file: LocalFile) -> str:
         content = file.path.read_bytes()
+        _require_same(file, hashlib.sha256(content).hexdigest())
         digest = hashlib.md5(content, usedforsecurity=False)
         self._client.put_object(
             Bucket=self._bucket, Key=key, Body=content, ContentMD5=base64.b64encode(digest.digest()).decode(),
@@ -92,21 +132,11 @@ class S3Target:
         return digest.hexdigest()
 
     def _put_parts(self, key: str, file: LocalFile) -> str:
-        part_bytes = max(self._part_bytes, math.ceil(file.size / MAX_PARTS))
         upload = self._client.create_multipart_upload(
             Bucket=self._bucket, Key=key, Metadata={"sha256": file.sha256}
         )["UploadId"]  # fmt: skip
         try:
-            with concurrent.futures.ThreadPoolExecutor(NUM_PARALLEL) as pool:
-                jobs = [
-                    pool.submit(self._put_part, key, upload, file, number * part_bytes, part_bytes)
-                    for number in range(math.ceil(file.size / part_bytes))
-                ]
-                try:
-                    parts = [job.result() for job in jobs]
-                except BaseException:
-                    pool.shutdown(wait=True, cancel_futures=True)
-                    raise
+            parts = self._send_parts(key, upload, file)
             listed: Any = [{"PartNumber": index + 1, "ETag": etag} for index, (etag, _) in enumerate(parts)]
             self._client.complete_multipart_upload(
                 Bucket=self._bucket, Key=key, UploadId=upload, MultipartUpload={"Parts": listed}
@@ -118,13 +148,30 @@ class S3Target:
         joined = hashlib.md5(b"".join(md5 for _, md5 in parts), usedforsecurity=False).hexdigest()
         return f"{joined}-{len(parts)}"
 
-    def _put_part(self, key: str, upload: str, file: LocalFile, start: int, length: int) -> tuple[str, bytes]:
-        with open(file.path, "rb") as source:
-            source.seek(start)
-            content = source.read(length)
+    def _send_parts(self, key: str, upload: str, file: LocalFile) -> list[tuple[str, bytes]]:
+        """Send a file in one pass over it, a few parts at a time; return ETag and MD5 of each."""
+        part_bytes = max(self._part_bytes, math.ceil(file.size / MAX_PARTS))
+        sha256 = hashlib.sha256()
+        jobs: list[concurrent.futures.Future[tuple[str, bytes]]] = []
+        with concurrent.futures.ThreadPoolExecutor(NUM_PARALLEL) as pool:
+            try:
+                with open(file.path, "rb") as source:
+                    while content := source.read(part_bytes):
+                        jobs.append(pool.submit(self._put_part, key, upload, len(jobs) + 1, content))
+                        sha256.update(content)
+                        if len(jobs) >= NUM_PARALLEL:
+                            # Memory holds a few parts: the next is read when an earlier one has gone.
+                            jobs[-NUM_PARALLEL].result()
+                _require_same(file, sha256.hexdigest())
+                return [job.result() for job in jobs]
+            except BaseException:
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+
+    def _put_part(self, key: str, upload: str, number: int, content: bytes) -> tuple[str, bytes]:
         md5 = hashlib.md5(content, usedforsecurity=False).digest()
         answer = self._client.upload_part(
-            Bucket=self._bucket, Key=key, UploadId=upload, PartNumber=start // length + 1, Body=content,
+            Bucket=self._bucket, Key=key, UploadId=upload, PartNumber=number, Body=content,
             ContentMD5=base64.b64encode(md5).decode(),
         )  # fmt: skip
         return answer["ETag"], md5
@@ -145,6 +192,32 @@ class S3Target:
         if _code(error) in ("BadDigest", "InvalidDigest"):
             return TemporaryError("a part was damaged on its way")
         return explain_s3_error(error, self._access, self.url)
+
+
+class S3Target(S3Folder):
+    """The place of one published model: `<path>/<digest>/`."""
+
+    def read_complete(self) -> bytes | None:
+        return self.read(COMPLETE)
+
+    def has_same(self, file: LocalFile) -> bool:
+        found = self.read_digest(file.name)
+        if found is None:
+            return False
+        if found == (file.size, file.sha256):
+            return True
+        raise refuse_other_content(self._access, f"{self.url}/{file.name}")
+
+    def write_file(self, file: LocalFile) -> None:
+        self.upload(file)
+
+    def write_complete(self, content: bytes) -> None:
+        self.write(COMPLETE, content)
+
+
+def _require_same(file: LocalFile, sha256: str) -> None:
+    if sha256 != file.sha256:
+        raise ChangedFileError(file)
 
 
 def _code(error: Exception) -> str:

@@ -64,6 +64,10 @@ def download_files(
             raise
 
 
+class DamagedFileError(TrainerError):
+    """What arrived is not what the source was said to hold."""
+
+
 class _StoppedError(Exception):
     """Another file has failed for good."""
 
@@ -142,7 +146,7 @@ def _verify(file: RemoteFile, partial: pathlib.Path, access: Access) -> str:
         partial.unlink()
         found = f"{size} bytes" if wrong_size else f"SHA-256 {digest}"
         wanted = f"{file.size} bytes" if wrong_size else f"SHA-256 {file.sha256}"
-        raise TrainerError(
+        raise DamagedFileError(
             Reason.SOURCE_UNAVAILABLE,
             ExitCode.UNAVAILABLE,
             f"{access.field}.{access.source_field}: {file.name} arrived with {found}, expected {wanted}",
