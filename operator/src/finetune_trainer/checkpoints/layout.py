@@ -13,8 +13,10 @@ import re
 PREFIX = "checkpoint-"
 MANIFEST = "finetune-manifest.json"
 """Written last: a folder without it is no checkpoint."""
+DELETING = "finetune-deleting"
+"""Lies in a folder from the first to the last moment of its deletion: such a folder is no checkpoint."""
 QUARANTINE = "quarantine"
-"""Where incomplete and damaged checkpoints wait until a newer one has been committed."""
+"""Where incomplete and damaged checkpoints wait until a newer one has been verified."""
 
 _NAME = re.compile(rf"^{PREFIX}(\d+)$")
 _QUARANTINED = re.compile(rf"^{PREFIX}(\d+)\.(\d+)$")
@@ -45,6 +47,11 @@ def list_folders(root: pathlib.Path) -> list[Folder]:
         return []
     found = [(parse_step(entry.name), entry) for entry in root.iterdir() if entry.is_dir()]
     return sorted(Folder(step, entry) for step, entry in found if step is not None)
+
+
+def is_being_deleted(folder: pathlib.Path) -> bool:
+    """Whether the deletion of a folder has begun; one cut short is finished by the next."""
+    return (folder / DELETING).exists()
 
 
 def next_quarantine_path(root: pathlib.Path, step: int) -> pathlib.Path:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 
-from finetune_trainer.checkpoints.layout import Folder, list_folders, next_quarantine_path
+from finetune_trainer.checkpoints.layout import Folder, is_being_deleted, list_folders, next_quarantine_path
 from finetune_trainer.checkpoints.manifest import verify_checkpoint
 
 
@@ -28,7 +28,13 @@ class Verdict:
 
 def observe_checkpoints(root: pathlib.Path, full: bool = False) -> list[Verdict]:
     """Verify every checkpoint folder below `root`, oldest step first."""
-    return [Verdict(folder, tuple(verify_checkpoint(folder.path, full))) for folder in list_folders(root)]
+    return [Verdict(folder, tuple(_find_problems(folder, full))) for folder in list_folders(root)]
+
+
+def _find_problems(folder: Folder, full: bool) -> list[str]:
+    if is_being_deleted(folder.path):
+        return ["its deletion was cut short; the next one finishes it"]
+    return verify_checkpoint(folder.path, full)
 
 
 def choose_resume(verdicts: list[Verdict]) -> Folder | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from finetune_contract.reports import ExitCode, Reason
@@ -120,13 +120,19 @@ class CheckpointKeeper:
         self.group.decide(self._before_save_once)
 
     def _before_save_once(self) -> None:
-        attempt.require_newest(self._attempt_file(), self.attempt)
+        self._require_newest()
         self.root.mkdir(parents=True, exist_ok=True)
         needed = disk.read_last_bytes(self.root) or self.first_estimate_bytes
         if disk.read_free_bytes(self.root) < needed * disk.SLACK:
-            # What would go after this save goes before it; the newest complete one always stays.
-            self._delete_surplus(max(self.run.checkpoint.keep_latest - 1, 1))
+            self._make_room(needed)
         disk.require_room(self.root, needed)
+
+    def _make_room(self, needed_bytes: int) -> None:
+        """Delete before the save what would go after it, garbage first; the newest complete one always stays."""
+        if self.latest_complete is not None:
+            retention.delete_quarantine_before(self.root, self.latest_complete, self._require_newest)
+        missing = needed_bytes * disk.SLACK - disk.read_free_bytes(self.root)
+        self._delete(retention.select_before_save(self._list_committed(), self._limits(), self._protected(), missing))
 
     def commit(self, step: int, metrics: Mapping[str, float]) -> None:
         """Make the files of a save durable, write the manifest last, then rotate."""
@@ -157,7 +163,7 @@ class CheckpointKeeper:
     def _commit_once(
         self, folder: pathlib.Path, step: int, files: Mapping[str, FileEntry], metrics: Mapping[str, float]
     ) -> tuple[list[int], int | None]:
-        attempt.require_newest(self._attempt_file(), self.attempt)
+        self._require_newest()
         manifest = Manifest(
             step=step,
             world_size=self.group.size,
@@ -172,19 +178,24 @@ class CheckpointKeeper:
         write_manifest(folder, manifest)
         self.last_bytes, self.last_committed_at = manifest.num_bytes, manifest.created_at
         emit("checkpoint committed", checkpoint=folder.name, size=disk.format_bytes(manifest.num_bytes))
-        self._delete_surplus(self.run.checkpoint.keep_latest)
-        retention.delete_quarantine_before(self.root, step)
+        self._delete(retention.select_surplus(self._list_committed(), self._limits(), self._protected()))
+        retention.delete_quarantine_before(self.root, step, self._require_newest)
         self._observe_kept()
         return self.kept, self.best
 
-    def _delete_surplus(self, keep_latest: int) -> None:
-        limits = retention.Limits(keep_latest, self.run.checkpoint.keep_best, self.run.checkpoint.best_mode)
-        protected = () if self.resumed_from is None else (self.resumed_from,)
-        for step in retention.select_surplus(self._list_committed(), limits, protected):
-            attempt.require_newest(self._attempt_file(), self.attempt)
-            folder = self.root / layout.checkpoint_name(step)
-            if not retention.delete_checkpoint(folder):
-                emit_warning("checkpoint not deleted, trying again after the next save", checkpoint=folder.name)
+    def _delete(self, steps: Iterable[int]) -> None:
+        for folder in retention.delete_steps(self.root, steps, self._require_newest):
+            emit_warning("checkpoint not deleted, trying again after the next save", checkpoint=folder.path.name)
+
+    def _limits(self) -> retention.Limits:
+        checkpoint = self.run.checkpoint
+        return retention.Limits(checkpoint.keep_latest, checkpoint.keep_best, checkpoint.best_mode)
+
+    def _protected(self) -> tuple[int, ...]:
+        return () if self.resumed_from is None else (self.resumed_from,)
+
+    def _require_newest(self) -> None:
+        attempt.require_newest(self._attempt_file(), self.attempt)
 
     def _observe_kept(self) -> None:
         committed = self._list_committed()
