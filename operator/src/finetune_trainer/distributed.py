@@ -15,11 +15,18 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 T = TypeVar("T")
+IN_POD_RESTARTS = "FINETUNE_IN_POD_RESTARTS"
+"""Variable that the supervisor sets in its ranks."""
 
 
 def read_rank() -> int:
     """Return this process's rank from the environment; 0 outside a launch."""
     return int(os.environ.get("RANK", "0"))
+
+
+def read_in_pod_restarts() -> int:
+    """Return how often the ranks of this pod were started before; set by the supervisor."""
+    return int(os.environ.get(IN_POD_RESTARTS, "0"))
 
 
 class ControlGroup:

@@ -31,7 +31,7 @@ class TrainerError(Exception):
     def __init__(
         self,
         reason: Reason,
-        exit_code: ExitCode,
+        exit_code: int,
         message: str,
         hint: str = "",
         details: Mapping[str, Any] | None = None,

@@ -44,13 +44,13 @@ def test_ranks_that_ended_well_or_stopped_on_request_are_no_failure():
     ("text", "exit_code", "reason", "code"),
     [
         ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB", 1, Reason.OUT_OF_MEMORY, 79),
-        ("torch.distributed.DistBackendError: NCCL error: unhandled system error", 1, Reason.NCCL_ERROR, 69),
+        ("torch.distributed.DistBackendError: NCCL error: unhandled system error", 1, Reason.NCCL_ERROR, 82),
         ("OSError: [Errno 28] No space left on device: '/workspace/x'", 1, Reason.STORAGE_FULL, 73),
         ("RuntimeError: PytorchStreamWriter failed writing file data/0: file write failed", 1, Reason.STORAGE_FULL, 73),
         ("SafetensorError: I/O error: No space left on device (os error 28)", 1, Reason.STORAGE_FULL, 73),
-        ("", -signal.SIGKILL, Reason.KILLED, 1),
+        ("", -signal.SIGKILL, Reason.KILLED, 137),
         ("DeepSpeedConfigError: unknown key", 1, Reason.INVALID_CONFIG, 78),
-        (PEER, 1, Reason.RANK_FAILED, 69),
+        (PEER, 1, Reason.RANK_FAILED, 85),
         ("ZeroDivisionError: division by zero", 1, Reason.USER_CODE_ERROR, 1),
     ],
 )

@@ -19,24 +19,39 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
 from finetune_contract import environment
 from finetune_contract.reports import ExitCode, Reason
 from finetune_contract.run_config import Topology
+from finetune_trainer.distributed import IN_POD_RESTARTS
 from finetune_trainer.errors import StopRequested, TrainerError, as_trainer_error
 from finetune_trainer.reporting import emit_warning
-from finetune_trainer.training import failures
+from finetune_trainer.training import failures, stacks
+from finetune_trainer.training.heartbeat import Heartbeats, Pulse, set_pulse
+from finetune_trainer.training.host_memory import HostMemory
 from finetune_trainer.training.watch import Watch
 
 Work = Callable[[], tuple[int, dict[str, Any]]]
 """What each rank does: returns its exit code and results."""
 
-RESTARTABLE = frozenset({Reason.KILLED, Reason.RANK_FAILED, Reason.NCCL_ERROR, Reason.USER_CODE_ERROR})
+RESTARTABLE = frozenset(
+    {Reason.KILLED, Reason.RANK_FAILED, Reason.NCCL_ERROR, Reason.NCCL_TIMEOUT, Reason.USER_CODE_ERROR}
+)
 """Failures after which the same settings may work."""
 
 _PR_SET_PDEATHSIG = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class ProgressDeadline:
+    """When ranks that make no step are ended, and where their stacks go."""
+
+    seconds: float = 0.0
+    """0: never."""
+    stacks: pathlib.Path | None = None
+    """File for the whole stacks; None: they are only printed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,20 +64,17 @@ class Outcome:
     num_restarts: int
 
 
-def run_ranks(work: Work, topology: Topology, training: Any) -> Outcome:
+def run_ranks(
+    work: Work, topology: Topology, training: Any, deadline: ProgressDeadline = ProgressDeadline()
+) -> Outcome:
     """Run `work` in every rank of this pod. Raises TrainerError with the error of the rank that failed first."""
     allowed = topology.in_pod_restarts if topology.nodes == 1 else 0
     for num_restarts in range(allowed + 1):
-        folder = pathlib.Path(tempfile.mkdtemp(prefix="finetune-ranks-"))
-        try:
-            ends, results = _launch(work, topology, folder)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-        first = failures.choose_first(ends)
-        if first is None:
-            stopped = any(end.exit_code == ExitCode.SUSPENDED for end in ends)
-            return Outcome(ExitCode.SUSPENDED if stopped else ExitCode.OK, results, num_restarts)
-        failure = failures.build_failure(first, training)
+        launch = _Launch(work, topology, deadline)
+        failure = launch.run(training, num_restarts)
+        if failure is None:
+            stopped = any(end.exit_code == ExitCode.SUSPENDED for end in launch.ends)
+            return Outcome(ExitCode.SUSPENDED if stopped else ExitCode.OK, launch.results, num_restarts)
         failure.details["in_pod_restarts"] = num_restarts
         if failure.reason not in RESTARTABLE or num_restarts == allowed:
             raise failure
@@ -70,31 +82,108 @@ def run_ranks(work: Work, topology: Topology, training: Any) -> Outcome:
     raise AssertionError("unreachable: the last launch returns or raises")
 
 
-def _launch(work: Work, topology: Topology, folder: pathlib.Path) -> tuple[list[failures.RankEnd], dict[str, Any]]:
-    node = int(os.environ.get(environment.NODE_RANK) or 0)
-    host, port = _choose_rendezvous(topology)
-    # The signal waits until the child has its own handler: none is lost between fork and installation.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    watch = Watch()
-    try:
-        for local in range(topology.processes_per_node):
-            rank = node * topology.processes_per_node + local
-            variables = {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(local),
-                "WORLD_SIZE": str(topology.nodes * topology.processes_per_node),
-                "LOCAL_WORLD_SIZE": str(topology.processes_per_node),
-                "MASTER_ADDR": host,
-                "MASTER_PORT": str(port),
-                **({"GLOO_SOCKET_IFNAME": "lo"} if host == "127.0.0.1" else {}),
-            }
-            _fork(work, rank, variables, folder, watch)
-        watch.take_signals()
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-    watch.run()
-    first_rank = node * topology.processes_per_node
-    return [_read_end(folder, watch, rank) for rank in watch.ranks], _read_results(folder, first_rank)
+class _Launch:
+    """One start of every rank of this pod, and how they ended."""
+
+    def __init__(self, work: Work, topology: Topology, deadline: ProgressDeadline) -> None:
+        self._work = work
+        self._topology = topology
+        self._deadline = deadline
+        self._first_rank = int(os.environ.get(environment.NODE_RANK) or 0) * topology.processes_per_node
+        self._heartbeats = Heartbeats(topology.processes_per_node)
+        self._hang: stacks.Hang | None = None
+        self._folder = pathlib.Path()
+        self.ends: list[failures.RankEnd] = []
+        self.results: dict[str, Any] = {}
+
+    def run(self, training: Any, num_restarts: int) -> TrainerError | None:
+        """Run the ranks to their end; return the error of the one that failed first, if any did."""
+        memory = HostMemory()
+        num_kills = memory.count_kills()
+        self._folder = pathlib.Path(tempfile.mkdtemp(prefix="finetune-ranks-"))
+        try:
+            watch = self._fork_all({IN_POD_RESTARTS: str(num_restarts)})
+            watch.run()
+            was_full = num_kills is not None and (memory.count_kills() or 0) > num_kills
+            self.ends = [
+                dataclasses.replace(
+                    _read_end(self._folder, watch, rank),
+                    is_out_of_memory=was_full,
+                    memory_limit_bytes=memory.read_limit(),
+                )
+                for rank in watch.ranks
+            ]
+            self.results = _read_results(self._folder, self._first_rank)
+        finally:
+            shutil.rmtree(self._folder, ignore_errors=True)
+        if self._hang is not None:
+            return self._explain_hang(self._hang)
+        first = failures.choose_first(self.ends)
+        if first is None:
+            return None
+        failure = failures.build_failure(first, training)
+        failure.details["failed_at"] = round(time.time() - (time.monotonic() - first.ended_at), 3)
+        return failure
+
+    def _fork_all(self, common: Mapping[str, str]) -> Watch:
+        host, port = _choose_rendezvous(self._topology)
+        watch = Watch(self._due if self._deadline.seconds else None, self._note_hang)
+        # The signal waits until the child has its own handler: none is lost between fork and installation.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            for local in range(self._topology.processes_per_node):
+                variables = {
+                    **common,
+                    "RANK": str(self._first_rank + local),
+                    "LOCAL_RANK": str(local),
+                    "WORLD_SIZE": str(self._topology.nodes * self._topology.processes_per_node),
+                    "LOCAL_WORLD_SIZE": str(self._topology.processes_per_node),
+                    "MASTER_ADDR": host,
+                    "MASTER_PORT": str(port),
+                    **({"GLOO_SOCKET_IFNAME": "lo"} if host == "127.0.0.1" else {}),
+                }
+                self._fork(variables, watch)
+            watch.take_signals()
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        return watch
+
+    def _fork(self, variables: dict[str, str], watch: Watch) -> None:
+        reader, writer = os.pipe()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        supervisor = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            os.close(reader)
+            set_pulse(Pulse(self._heartbeats, int(variables["LOCAL_RANK"])))
+            _run_child(self._work, variables, self._folder, (writer, supervisor))
+        os.close(writer)
+        watch.add(int(variables["RANK"]), pid, reader)
+
+    def _due(self, ranks: Iterable[int]) -> float:
+        return self._heartbeats.due(self._deadline.seconds, (rank - self._first_rank for rank in ranks))
+
+    def _note_hang(self, pids: dict[int, int]) -> None:
+        self._hang = stacks.Hang(self._deadline.seconds, stacks.collect_stacks(self._folder, pids))
+        for stack in self._hang.stacks:
+            emit_warning("rank makes no step", rank=stack.rank, at=stack.place)
+            print(stack.text, file=sys.stderr, flush=True)
+
+    def _explain_hang(self, hang: stacks.Hang) -> TrainerError:
+        where = "the log has every rank's stack"
+        if self._deadline.stacks is not None:
+            hang.write(self._deadline.stacks)
+            where = f"{self._deadline.stacks} has every rank's stack"
+        failure = TrainerError(
+            Reason.NO_PROGRESS,
+            ExitCode.NO_PROGRESS,
+            hang.message,
+            f"The attempt is repeated; {where}. Raise spec.failurePolicy.progressDeadlineSeconds if steps take longer.",
+            {**hang.details, "failed_at": round(time.time(), 3)},
+        )
+        failure.rank = hang.culprit
+        return failure
 
 
 def _choose_rendezvous(topology: Topology) -> tuple[str, int]:
@@ -125,24 +214,9 @@ def _wait_for_name(host: str, timeout_seconds: float = 600.0) -> None:
             time.sleep(1)
 
 
-def _fork(work: Work, rank: int, variables: dict[str, str], folder: pathlib.Path, watch: Watch) -> None:
-    reader, writer = os.pipe()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    supervisor = os.getpid()
-    pid = os.fork()
-    if pid == 0:
-        os.close(reader)
-        _run_child(work, rank, variables, folder, (writer, supervisor))
-    os.close(writer)
-    watch.add(rank, pid, reader)
-
-
-def _run_child(
-    work: Work, rank: int, variables: dict[str, str], folder: pathlib.Path, wiring: tuple[int, int]
-) -> NoReturn:
+def _run_child(work: Work, variables: dict[str, str], folder: pathlib.Path, wiring: tuple[int, int]) -> NoReturn:
     """Be a rank. Leaves with `os._exit`: the supervisor's clean-up and exit handlers are not the rank's."""
-    code = 1
+    code, rank = 1, int(variables["RANK"])
     try:
         writer, supervisor = wiring
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -155,6 +229,7 @@ def _run_child(
         sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
         sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
         os.environ.update(variables, TOKENIZERS_PARALLELISM="false")
+        stacks.answer_signals(folder, rank)
         signal.signal(signal.SIGTERM, _raise_stop)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         code, results = work()
@@ -214,7 +289,7 @@ def _read_end(folder: pathlib.Path, watch: Watch, rank: int) -> failures.RankEnd
     if fields:
         error = TrainerError(
             Reason(fields["reason"]),
-            ExitCode(fields["exit_code"]),
+            fields["exit_code"],
             fields["message"],
             fields["hint"],
             fields["details"],

@@ -1,5 +1,7 @@
 """Watches forked ranks: forwards their output and SIGTERM, notes who ended when, and ends the rest after a failure.
 
+Ranks that give no sign of life in time are asked for their stacks and ended, too.
+
 One thread and one selector, because a process with threads cannot be forked again safely.
 """
 
@@ -14,10 +16,11 @@ import selectors
 import signal
 import sys
 import time
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from finetune_contract.reports import ExitCode
-from finetune_trainer.training.failures import NUM_TAIL_LINES
+from finetune_trainer.training.failures import LINE_CHARACTERS, NUM_TAIL_LINES
 
 GRACE_SECONDS = 3.0
 """Time for the other ranks to note their own errors after one has failed."""
@@ -37,11 +40,21 @@ class Reaped:
     was_killed_here: bool = False
 
 
+LOOK_SECONDS = 1.0
+"""How often signs of life are looked at while nothing else happens."""
+
+Due = Callable[[Iterable[int]], float]
+"""Returns when the ranks with these numbers are hung unless they give a sign of life; infinity: not yet known."""
+
+
 class Watch:
     """The ranks of one launch."""
 
-    def __init__(self) -> None:
+    def __init__(self, due: Due | None = None, on_hang: Callable[[dict[int, int]], None] | None = None) -> None:
+        """`on_hang` is given the processes of hung ranks, by rank, before they are ended; without `due` none hangs."""
         self.ranks: dict[int, Reaped] = {}
+        self._due = due
+        self._on_hang = on_hang
         self._selector = selectors.DefaultSelector()
         self._partial: dict[int, bytes] = {}
         self._num_running = 0
@@ -65,18 +78,39 @@ class Watch:
         """Return when every rank has ended and its output has been read."""
         try:
             while self._selector.get_map() and time.monotonic() < self._drained_at:
-                deadline = min(self._drained_at, self._kill_at)
-                timeout = None if math.isinf(deadline) else max(0.0, deadline - time.monotonic())
-                for key, _ in self._selector.select(timeout):
+                for key, _ in self._selector.select(self._choose_timeout()):
                     kind, rank = key.data
                     if kind == "output":
                         self._read(key.fd, rank)
                     else:
                         self._reap(key.fd, rank)
+                if time.monotonic() >= self._hung_at():
+                    self._end_hang()
                 if time.monotonic() >= self._kill_at:
                     self._kill_rest()
         finally:
             self._close()
+
+    def _choose_timeout(self) -> float | None:
+        deadline = min(self._drained_at, self._kill_at, self._hung_at())
+        timeout = None if math.isinf(deadline) else max(0.0, deadline - time.monotonic())
+        if self._due is None:
+            return timeout
+        # Signs of life come without an event.
+        return LOOK_SECONDS if timeout is None else min(timeout, LOOK_SECONDS)
+
+    def _hung_at(self) -> float:
+        """Return when the ranks are hung; a failure that ends them anyway comes first."""
+        if self._due is None or not math.isinf(self._kill_at):
+            return math.inf
+        return self._due(rank for rank, reaped in self.ranks.items() if not reaped.ended_at)
+
+    def _end_hang(self) -> None:
+        hung = {rank: reaped.pid for rank, reaped in self.ranks.items() if not reaped.ended_at}
+        self._due = None
+        if self._on_hang is not None:
+            self._on_hang(hung)
+        self._kill_rest()
 
     def _read(self, descriptor: int, rank: int) -> None:
         data = os.read(descriptor, 1 << 16)
@@ -88,7 +122,7 @@ class Watch:
             text = line.decode(errors="replace").rstrip("\r")
             if not text.strip():
                 continue
-            self.ranks[rank].lines.append(text)
+            self.ranks[rank].lines.append(text[:LINE_CHARACTERS])
             print(text if rank == 0 else f"[rank {rank}] {text}", file=sys.stderr)
         sys.stderr.flush()
 

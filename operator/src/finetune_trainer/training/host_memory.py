@@ -1,0 +1,70 @@
+"""What the kernel says about this pod's memory: how many processes it killed for it, and what the limit is.
+
+The kernel may kill one rank and leave its pod alone; from outside that is a SIGKILL like any other. Reads the control
+group of this process, version 2 or 1; where neither can be read the answers are unknown. Used by the supervisor.
+"""
+
+from __future__ import annotations
+
+import math
+import pathlib
+
+_UNLIMITED = 1 << 60
+"""Control groups of version 1 write a number like this for no limit."""
+
+
+class HostMemory:
+    """The memory of this process's control group."""
+
+    def __init__(
+        self,
+        root: pathlib.Path = pathlib.Path("/sys/fs/cgroup"),
+        own: pathlib.Path = pathlib.Path("/proc/self/cgroup"),
+    ) -> None:
+        self._folders = _list_folders(root, own)
+
+    def count_kills(self) -> int | None:
+        """Return how many processes the kernel has killed for memory; None: unknown."""
+        for name in ("memory.events", "memory.oom_control"):
+            for line in self._read(name).splitlines():
+                key, _, value = line.partition(" ")
+                if key == "oom_kill" and value.strip().isdigit():
+                    return int(value)
+        return None
+
+    def read_limit(self) -> int:
+        """Return the limit in bytes; 0: none, or unknown."""
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            text = self._read(name).strip()
+            if text.isdigit():
+                return int(text) if int(text) < _UNLIMITED else 0
+        return 0
+
+    def _read(self, name: str) -> str:
+        for folder in self._folders:
+            try:
+                return (folder / name).read_text()
+            except OSError:
+                continue
+        return ""
+
+
+def _list_folders(root: pathlib.Path, own: pathlib.Path) -> list[pathlib.Path]:
+    """Return the folders that may be this process's group: by its path, and as a container sees it, at the top."""
+    folders = []
+    try:
+        lines = own.read_text().splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        _, controllers, path = [*line.split(":", 2), "", "", ""][:3]
+        if controllers == "":
+            folders += [root / path.lstrip("/"), root]
+        elif "memory" in controllers.split(","):
+            folders += [root / "memory" / path.lstrip("/"), root / "memory"]
+    return folders
+
+
+def suggest_memory(limit_bytes: int) -> str:
+    """Return what to ask for instead of a limit that was too small, as a quantity: half as much again."""
+    return f"{math.ceil(1.5 * limit_bytes / 2**30)}Gi"
