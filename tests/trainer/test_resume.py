@@ -91,6 +91,27 @@ def test_sigterm_saves_at_the_next_step_and_the_run_goes_on_from_there(make_run)
     assert (results["resumed_from_step"], results["step"]) == (stopped_at, stopped_at + 2)
 
 
+def test_sigterm_with_no_time_to_save_stops_at_once_and_keeps_the_checkpoint_before(make_run, monkeypatch):
+    monkeypatch.setenv("FINETUNE_NOTICE_SECONDS", "1")
+    run = make_run("llama", "workspace", "checkpoint.every_steps=4", "training.logging_steps=1")
+    pid = run.start("training.max_steps=100000")
+    run.wait_for_checkpoint(4)
+    metrics = run.workspace.reports / "metrics.jsonl"
+    eventually(lambda: _last_step(metrics) % 4 == 1, within=120, every=0.005)
+    os.kill(pid, signal.SIGTERM)
+
+    assert reap(pid) == ExitCode.SUSPENDED
+    report = run.report("train")
+    saved = max(run.manifests())
+    assert saved % 4 == 0
+    assert report["details"]["latest_complete"] == saved <= report["details"]["step"]
+    assert f"step {saved} is kept" in report["message"] or report["details"]["step"] == saved
+
+
+def _last_step(metrics):
+    return json.loads(metrics.read_text().splitlines()[-1])["step"]
+
+
 def test_a_crashed_rank_restarts_in_the_pod_from_the_last_checkpoint(make_run):
     settings = ("checkpoint.every_steps=2", "training.logging_steps=1", "topology.in_pod_restarts=1")
     run = make_run("llama", "workspace", *settings)

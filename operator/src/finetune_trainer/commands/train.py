@@ -48,6 +48,9 @@ def run(args: argparse.Namespace) -> int:
     results = {**ledger.to_details(), **outcome.results, "in_pod_restarts": outcome.num_restarts}
     step, total = results.get("step", 0), results.get("total_steps", 0)
     message = f"stopped on request at step {step} of {total}" if has_stopped else f"trained {step} steps"
+    saved = results.get("latest_complete")
+    if has_stopped and saved != step and step:
+        message += ", with no time left to save: " + (f"step {saved} is kept" if saved else "no step is kept")
     reason = Reason.SUSPENDED if has_stopped else Reason.COMPLETED
     report = ExitReport(Phase.TRAIN, reason, message, outcome.exit_code, attempt=attempt, details=results)
     # Results live with rank 0; the other nodes' pods only say that they ended.

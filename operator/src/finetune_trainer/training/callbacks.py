@@ -7,9 +7,7 @@ import json
 import math
 import os
 import pathlib
-import signal
 import time
-import types
 from typing import Any
 
 from transformers import TrainerCallback
@@ -18,41 +16,29 @@ from finetune_contract import environment
 from finetune_contract.reports import ExitCode, Metric, Reason
 from finetune_contract.run_config import RunConfig
 from finetune_contract.workspace import Workspace
-from finetune_trainer.distributed import ControlGroup
-from finetune_trainer.errors import StopRequested, TrainerError
+from finetune_trainer.distributed import read_in_pod_restarts
+from finetune_trainer.errors import TrainerError
 from finetune_trainer.reporting import ProgressReporter, emit, now_text
 from finetune_trainer.training.keeper import CheckpointKeeper
 from finetune_trainer.training.ledger import WorkLedger
-
-
-class StopFlag:
-    """Remembers SIGTERM until the next step boundary; installed by each rank."""
-
-    def __init__(self) -> None:
-        self.is_set = False
-        self.is_armed = False
-        """Whether training has begun; before that there is nothing to save, and the rank ends at once."""
-
-    def install(self) -> None:
-        """Take SIGTERM over from the default handler."""
-        signal.signal(signal.SIGTERM, self._set)
-
-    def _set(self, _number: int, _frame: types.FrameType | None) -> None:
-        if not self.is_armed:
-            raise StopRequested
-        self.is_set = True
+from finetune_trainer.training.notice import StopFlag
 
 
 class SaveAndStopCallback(TrainerCallback):  # type: ignore[misc]
-    """Saves by minutes, and saves and stops when any rank was asked to; all ranks at the same step."""
+    """Saves by minutes, and saves and stops when any rank was asked to; all ranks at the same step.
 
-    def __init__(self, group: ControlGroup, stop: StopFlag, every_minutes: int) -> None:
-        self._group = group
+    A stop whose notice holds no save stops without one: the checkpoint before it stands.
+    """
+
+    def __init__(self, keeper: CheckpointKeeper, stop: StopFlag, every_minutes: int) -> None:
+        self._keeper = keeper
         self._stop = stop
         self._seconds = every_minutes * 60
         self._last_save = time.monotonic()
         self.has_stopped = False
         """Whether the run ended because it was asked to."""
+        self.has_saved = True
+        """Whether the state at the end is to be saved: False when there was no time."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock of the saves by minutes; from here on a stop waits for the next step boundary."""
@@ -61,12 +47,15 @@ class SaveAndStopCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """Agree on whether to save and whether to stop."""
-        is_due = self._group.rank == 0 and 0 < self._seconds <= time.monotonic() - self._last_save
-        is_due, must_stop = self._group.any([is_due, self._stop.is_set])
+        group, stop = self._keeper.group, self._stop
+        is_due = group.rank == 0 and 0 < self._seconds <= time.monotonic() - self._last_save
+        is_hopeless = not stop.has_time_to_save(self._keeper.last_save_seconds)
+        is_due, must_stop, is_hopeless = group.any([is_due, stop.is_set, is_hopeless])
         if is_due or must_stop:
-            control.should_save = True
+            control.should_save = not is_hopeless
         if must_stop and state.global_step < state.max_steps:
             self.has_stopped = True
+            self.has_saved = not is_hopeless
             control.should_training_stop = True
         return control
 
@@ -111,6 +100,7 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
         self._last: tuple[int, float] = (0, 0.0)
         self._productive_seconds = 0.0
         self._step_started: float | None = None
+        self._longest_step = 0.0
         self._reported = ""
         """When the newest checkpoint that was reported was committed."""
         self.loss: float | None = None
@@ -137,7 +127,9 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count the step. Rates are measured from the end of the first, since it also warms caches up."""
         now = time.monotonic()
-        self._productive_seconds += now - (now if self._step_started is None else self._step_started)
+        seconds = now - (now if self._step_started is None else self._step_started)
+        self._productive_seconds += seconds
+        self._longest_step = max(self._longest_step, seconds)
         self._step_started = now
         # Whoever saves the Trainer's state at this step saves the sum with it.
         state.stateful_callbacks[_STATE] = {"productive_seconds": self._productive_seconds}
@@ -218,6 +210,8 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
             Metric.TOTAL_STEPS: state.max_steps,
             Metric.PRODUCTIVE_SECONDS: round(self._productive_seconds, 3),
             Metric.STEPS_LOST: self._ledger.steps_lost,
+            Metric.STEP_SECONDS: round(self._longest_step, 3),
+            Metric.IN_POD_RESTARTS: read_in_pod_restarts(),
             **metrics,
         }
         share = state.global_step / max(state.max_steps, 1)

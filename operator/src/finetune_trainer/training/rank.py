@@ -29,8 +29,9 @@ COLLECTIVE_SECONDS = 1800
 def run_rank(inputs: Inputs, attempt: int, ledger: WorkLedger) -> tuple[int, dict[str, Any]]:
     """Train, and return the exit code with the results for the exit report."""
     from finetune_trainer.training.arguments import build_arguments
-    from finetune_trainer.training.callbacks import SaveAndStopCallback, StopFlag
+    from finetune_trainer.training.callbacks import SaveAndStopCallback
     from finetune_trainer.training.keeper import CheckpointKeeper
+    from finetune_trainer.training.notice import StopFlag
 
     run = inputs.run
     stop = StopFlag()
@@ -47,11 +48,12 @@ def run_rank(inputs: Inputs, attempt: int, ledger: WorkLedger) -> tuple[int, dic
         # An attempt that died between its last commit and its report: nothing is left to train.
         return ExitCode.OK, _results(keeper, keeper.latest_complete, total_steps, None)
     trainer = _build_trainer(inputs, arguments, keeper)
-    saver = SaveAndStopCallback(group, stop, run.checkpoint.every_minutes)
+    saver = SaveAndStopCallback(keeper, stop, run.checkpoint.every_minutes)
     trainer.add_callback(saver)
     progress = _add_progress(trainer, inputs, keeper, ledger)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    trainer.commit_last()
+    if saver.has_saved:
+        trainer.commit_last()
     if progress is not None:
         progress.finish(trainer.state)
     _close_trackers(run.training.tracking)
