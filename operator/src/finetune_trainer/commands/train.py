@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import pathlib
 import sys
@@ -32,15 +33,19 @@ def run(args: argparse.Namespace) -> int:
     from finetune_trainer.training.ledger import WorkLedger
     from finetune_trainer.training.rank import run_rank
     from finetune_trainer.training.stack import import_stack
-    from finetune_trainer.training.supervisor import run_ranks
+    from finetune_trainer.training.supervisor import ProgressDeadline, run_ranks
 
     check_settings(settings)
     attempt = _read_attempt(workspace)
     import_stack(settings.training.tracking, uses_gpus=settings.topology.gpus_per_node > 0)
     inputs = read_inputs(settings)
     ledger = WorkLedger()
+    node = int(os.environ.get(environment.NODE_RANK) or 0)
+    stacks = workspace.reports / f"stacks-attempt-{attempt}-pod-{node}.txt"
+    deadline = ProgressDeadline(settings.progress_deadline_seconds, stacks)
     try:
-        outcome = run_ranks(lambda: run_rank(inputs, attempt, ledger), inputs.run.topology, inputs.run.training)
+        work = functools.partial(run_rank, inputs, attempt, ledger)
+        outcome = run_ranks(work, inputs.run.topology, inputs.run.training, deadline)
     except TrainerError as error:
         error.details.update(ledger.to_details())
         raise
@@ -54,7 +59,6 @@ def run(args: argparse.Namespace) -> int:
     reason = Reason.SUSPENDED if has_stopped else Reason.COMPLETED
     report = ExitReport(Phase.TRAIN, reason, message, outcome.exit_code, attempt=attempt, details=results)
     # Results live with rank 0; the other nodes' pods only say that they ended.
-    node = int(os.environ.get(environment.NODE_RANK) or 0)
     write_exit_report(report, workspace if node == 0 else None)
     return outcome.exit_code
 

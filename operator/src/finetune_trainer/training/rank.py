@@ -6,6 +6,7 @@ Called by the supervisor in a forked process, with the stack imported and the ro
 from __future__ import annotations
 
 import array
+import dataclasses
 import logging
 import os
 import pathlib
@@ -15,6 +16,7 @@ from typing import Any
 
 from finetune_contract.checkpoint_sizes import estimate_checkpoint_bytes
 from finetune_contract.reports import ExitCode
+from finetune_contract.run_config import LONGEST_PAUSE_SECONDS
 from finetune_contract.workspace import Workspace
 from finetune_trainer.distributed import ControlGroup, read_rank
 from finetune_trainer.training.inputs import Inputs
@@ -22,36 +24,40 @@ from finetune_trainer.training.ledger import WorkLedger
 from finetune_trainer.training.schedule import count_steps
 from finetune_trainer.training.tokens import TokenizedRows
 
-COLLECTIVE_SECONDS = 1800
-"""How long a rank waits for the others in one collective before it gives up."""
-
 
 def run_rank(inputs: Inputs, attempt: int, ledger: WorkLedger) -> tuple[int, dict[str, Any]]:
     """Train, and return the exit code with the results for the exit report."""
     from finetune_trainer.training.arguments import build_arguments
     from finetune_trainer.training.callbacks import SaveAndStopCallback
+    from finetune_trainer.training.heartbeat_callback import HeartbeatCallback
     from finetune_trainer.training.keeper import CheckpointKeeper
     from finetune_trainer.training.notice import StopFlag
+    from finetune_trainer.training.resuming import fit_checkpoint, keep_rows
 
     run = inputs.run
     stop = StopFlag()
     stop.install()
     _quieten()
     join_ranks(run.topology.gpus_per_node > 0)
-    # Before the model: under ZeRO-3 the arguments make `from_pretrained` partition the weights as it reads them.
-    arguments = build_arguments(run, Workspace(pathlib.Path(run.workspace)).checkpoints)
     group = ControlGroup()
     keeper = CheckpointKeeper(run, group, attempt)
-    checkpoint = keeper.start()
+    found = keeper.start()
+    keeper.run = run = keep_rows(run, found, group.size)
+    inputs = dataclasses.replace(inputs, run=run)
     total_steps = count_steps(len(inputs.train.rows), group.size, run.training)
     if keeper.latest_complete is not None and keeper.latest_complete >= total_steps:
         # An attempt that died between its last commit and its report: nothing is left to train.
         return ExitCode.OK, _results(keeper, keeper.latest_complete, total_steps, None)
+    checkpoint, is_converted = fit_checkpoint(run, found, group)
+    # Before the model: under ZeRO-3 the arguments make `from_pretrained` partition the weights as it reads them.
+    arguments = build_arguments(run, Workspace(pathlib.Path(run.workspace)).checkpoints, is_converted)
     trainer = _build_trainer(inputs, arguments, keeper)
+    trainer.is_converted = is_converted
     saver = SaveAndStopCallback(keeper, stop, run.checkpoint.every_minutes)
     trainer.add_callback(saver)
     progress = _add_progress(trainer, inputs, keeper, ledger)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.add_callback(HeartbeatCallback())
+    trainer.train(resume_from_checkpoint=checkpoint)
     if saver.has_saved:
         trainer.commit_last()
     if progress is not None:
@@ -72,7 +78,7 @@ def join_ranks(uses_gpus: bool) -> None:
     if uses_gpus:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     backend = "nccl" if uses_gpus else "gloo"
-    timeout = datetime.timedelta(seconds=COLLECTIVE_SECONDS)
+    timeout = datetime.timedelta(seconds=LONGEST_PAUSE_SECONDS)
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
 
 
