@@ -126,6 +126,7 @@ def test_posts_of_the_jobs_own_pods_become_progress_and_others_are_refused(make_
     (stranger,) = kubelet.wait_for_pods("other", "inspect")
     token = make_token(kubelet, pod)
     figures = {"current_step": 50, "total_steps": 100, "loss": 1.23456, "latest_checkpoint_step": 40}
+    figures |= {"productive_seconds": 0.5, "checkpoint_bytes": 4096, "checkpoint_timestamp_seconds": 1767268800}
     assert post(process, job, pod, token, **figures) == 200
     progress = job.wait(lambda status: status.get("progress"))["progress"]
     assert {name: progress[name] for name in ("percentage", "step", "totalSteps", "loss")} == {
@@ -138,6 +139,8 @@ def test_posts_of_the_jobs_own_pods_become_progress_and_others_are_refused(make_
     assert post(process, job, pod, token, kubeflow, **{**figures, "current_step": 60}) == 200
     job.wait(lambda status: status["progress"]["step"] == 60)
     assert job.status()["progress"].get("etaSeconds") is not None
+    assert job.status()["progress"]["productiveSeconds"] <= job.status()["progress"]["allocatedSeconds"]
+    assert job.status()["checkpoints"]["time"] == "2026-01-01T12:00:00Z"
     assert post(process, job, pod, make_token(kubelet, stranger), **figures) == 403
     assert post(process, job, pod, make_token(kubelet, pod, "somebody.else"), **figures) == 401
     assert post(process, job, pod, "no-token", **figures) == 401
@@ -146,6 +149,8 @@ def test_posts_of_the_jobs_own_pods_become_progress_and_others_are_refused(make_
     metrics = process.read("metrics", "/metrics")
     assert f'finetune_job_loss{{name="posting",namespace="{job.namespace}"}} 1.2346' in metrics
     assert f'finetune_job_progress_ratio{{name="posting",namespace="{job.namespace}"}}' in metrics
+    assert f'finetune_job_goodput_ratio{{name="posting",namespace="{job.namespace}"}}' in metrics
+    assert f'finetune_job_checkpoint_bytes{{name="posting",namespace="{job.namespace}"}} 4096.0' in metrics
     assert f'finetune_job_rows_removed{{name="posting",namespace="{job.namespace}"}} 50.0' in metrics
     assert other.status()["state"] == "Pending"
 

@@ -21,9 +21,10 @@ from .observed import Job, Pod, earliest_start
 from .phases import storage_full
 from .policies.failure import Diagnosis, explain_failure, is_on_lost_node
 from .policies.restart import judge_failure, next_start
-from .record import Attempt, Failure, Record, Terminal, to_text, to_time
+from .record import Attempt, Failure, Record, Terminal, to_text
 from .steps import Apply, Create, Reference, Remove, Situation, Step, Wait, WriteRecord
 from .view import View, wait_for_job, write_failure
+from .work import count_seconds, end_work, find_start, settle_work
 
 STARTING = Situation("Training", Reason.STARTING, "the training pods are starting", condition=Type.TRAINING)
 RUNNING = Situation("Training", Reason.RUNNING, "training")
@@ -89,7 +90,7 @@ def _record_success(view: View, attempt: Attempt, job: Job) -> Step:
     ended = dataclasses.replace(ended, resumed_from_step=resumed, last_step=int(details.get("latest_complete") or 0))
     ended = dataclasses.replace(ended, in_pod_restarts=int(details.get("in_pod_restarts") or ended.in_pod_restarts))
     record = _learn(view, ended, details).with_phase(Phase.TRAIN, details)
-    seconds = record.active_seconds + _seconds(ended)
+    seconds = record.active_seconds + count_seconds(ended)
     return WriteRecord(dataclasses.replace(record, active_seconds=seconds, failures_without_progress=0), RUNNING)
 
 
@@ -112,8 +113,7 @@ def _learn(view: View, ended: Attempt, details: Mapping[str, Any]) -> Record:
     `details` is what its pod reported at its end; where there is nothing, what it posted last holds.
     """
     record = view.record.with_attempt(ended)
-    progress = view.observed.progress
-    posted = progress.report.metrics if progress is not None and progress.attempt == ended.number else {}
+    posted = _posted(view, ended)
 
     def longest(name: Metric, known: float) -> float:
         return max(known, float(details.get(name) or 0), float(posted.get(name) or 0))
@@ -121,6 +121,7 @@ def _learn(view: View, ended: Attempt, details: Mapping[str, Any]) -> Record:
     reasons = dict(record.restarts_by_reason)
     if ended.in_pod_restarts:
         reasons[Reason.RESTARTED_IN_POD] = reasons.get(Reason.RESTARTED_IN_POD, 0) + ended.in_pod_restarts
+    record = end_work(record, ended, details, posted)
     return dataclasses.replace(
         record,
         restarts=record.restarts + ended.in_pod_restarts,
@@ -139,11 +140,14 @@ def _begin(attempt: Attempt, pods: Sequence[Pod]) -> Attempt:
     )
 
 
-def _metric(view: View, attempt: Attempt, name: Metric) -> int | None:
+def _posted(view: View, attempt: Attempt) -> Mapping[str, float]:
+    """Return the metrics that the attempt has posted."""
     progress = view.observed.progress
-    if progress is None or progress.attempt != attempt.number:
-        return None
-    value = progress.report.metrics.get(name)
+    return progress.report.metrics if progress is not None and progress.attempt == attempt.number else {}
+
+
+def _metric(view: View, attempt: Attempt, name: Metric) -> int | None:
+    value = _posted(view, attempt).get(name)
     return None if value is None else int(value)
 
 
@@ -160,7 +164,7 @@ def suspend_attempt(view: View, attempt: Attempt, job: Job | None) -> WriteRecor
     """Return the step that remembers that the attempt ended on request."""
     ended = _end(view, attempt, job, Reason.SUSPENDED, "suspended on request")
     record = _learn(view, ended, {})
-    seconds = record.active_seconds + _seconds(ended)
+    seconds = record.active_seconds + count_seconds(ended)
     return WriteRecord(
         dataclasses.replace(record, active_seconds=seconds),
         Situation("Suspended", Reason.SUSPENDED, "suspending: the pods save and stop", condition=""),
@@ -184,6 +188,8 @@ def close_attempt(view: View, attempt: Attempt, job: Job | None, diagnosis: Diag
     )
     record = _remember(view, ended, diagnosis)
     if verdict.gives_up:
+        # Nothing comes after it: what it did beyond its newest checkpoint is lost.
+        record = settle_work(record, ended.number + 1, ended.last_step)
         return write_failure(view, Phase.TRAIN, verdict.reason, verdict.message, record)
     excluded = {verdict.excluded_node: failure.reason} if verdict.excluded_node else {}
     reasons = dict(record.restarts_by_reason)
@@ -198,12 +204,6 @@ def close_attempt(view: View, attempt: Attempt, job: Job | None, diagnosis: Diag
     return WriteRecord(record, _restarting(ended))
 
 
-def _seconds(attempt: Attempt) -> float:
-    """Time that the pods of an attempt that has ended were there."""
-    started, ended = to_time(attempt.start_time), to_time(attempt.end_time)
-    return max(0.0, (ended - started).total_seconds()) if started and ended else 0.0
-
-
 def _remember(view: View, ended: Attempt, diagnosis: Diagnosis) -> Record:
     before = max((each.last_step for each in view.record.attempts if each.number != ended.number), default=0)
     has_progress = ended.last_step > before
@@ -211,7 +211,7 @@ def _remember(view: View, ended: Attempt, diagnosis: Diagnosis) -> Record:
         _learn(view, ended, diagnosis.details),
         last_failure=diagnosis.failure,
         failures_without_progress=0 if has_progress else view.record.failures_without_progress + 1,
-        active_seconds=view.record.active_seconds + _seconds(ended),
+        active_seconds=view.record.active_seconds + count_seconds(ended),
     )
     claim = view.observed.claim
     if diagnosis.is_storage_full and claim is not None:
@@ -295,6 +295,10 @@ def _next_while_training(view: View, attempt: Attempt, job: Job, pods: list[Pod]
     if not attempt.start_time:
         # A pod that is deleted by force leaves nothing behind: what is known of it is remembered while it is there.
         return WriteRecord(view.record.with_attempt(_begin(attempt, pods)), RUNNING)
+    started = find_start(attempt.resumed_from_step, _posted(view, attempt))
+    settled = view.record if started is None else settle_work(view.record, attempt.number, started)
+    if settled != view.record:
+        return WriteRecord(settled, RUNNING)
     deadline = view.plan.failure.progress_deadline_seconds
     situation = dataclasses.replace(RUNNING, message=f"attempt {attempt.number} is training")
     if not deadline:

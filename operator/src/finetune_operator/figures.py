@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -15,14 +16,17 @@ from .conditions import Reason
 from .errors import redact
 from .observed import Observed, earliest_start
 from .plan import Plan
+from .work import measure_work
 
 Previous = FineTuneJobStatus
 
 
 def build_progress(observed: Observed, previous: Previous) -> dict[str, Any] | None:
     progress = observed.progress
+    old = previous.progress.model_dump(exclude={"summary", "eta"}) if previous.progress else {}
+    work = {**{name: old.get(name) for name in _WORK}, **_build_work(observed)}
     if progress is None:
-        return previous.progress.model_dump(exclude={"summary", "eta"}) if previous.progress else None
+        return {**old, **work} if old else None
     metrics = progress.report.metrics
     is_done = observed.record.has_done(Phase.TRAIN)
 
@@ -38,6 +42,28 @@ def build_progress(observed: Observed, previous: Previous) -> dict[str, Any] | N
         "tokens_per_second": _rounded(metrics, Metric.TOKENS_PER_SECOND, 1),
         "eta_seconds": 0 if is_done else progress.eta_seconds,
         "updated_at": progress.received_at,
+        **work,
+    }
+
+
+_WORK = ("productive_seconds", "allocated_seconds", "goodput", "steps_lost", "seconds_lost")
+
+
+def _build_work(observed: Observed) -> dict[str, Any]:
+    """Return what is known of goodput; what is not known stays as it was."""
+    record, attempt = observed.record, observed.record.attempt
+    if attempt is None:
+        return {}
+    lost = {"steps_lost": record.steps_lost, "seconds_lost": round(record.seconds_lost)}
+    pods = observed.training_pods(attempt.number)
+    work = measure_work(observed, records.to_time(attempt.start_time) or earliest_start(pods))
+    if work is None:
+        return lost
+    return {
+        "productive_seconds": round(work.productive_seconds),
+        "allocated_seconds": round(work.allocated_seconds),
+        "goodput": work.goodput,
+        **lost,
     }
 
 
@@ -62,6 +88,9 @@ def build_attempt(observed: Observed, attempt: records.Attempt) -> dict[str, Any
         "start_time": records.to_time(attempt.start_time) or earliest_start(pods),
         "end_time": records.to_time(attempt.end_time),
         "resumed_from_step": resumed,
+        "steps_lost": attempt.steps_lost if attempt.end_time else None,
+        "seconds_lost": round(attempt.seconds_lost) if attempt.end_time else None,
+        "save_seconds": round(attempt.save_seconds, 3) or None,
         "reason": attempt.reason,
     }
 
@@ -122,13 +151,18 @@ def build_checkpoints(observed: Observed, previous: Previous) -> dict[str, Any] 
             "best": metrics.get(Metric.BEST_CHECKPOINT),
             "resumed_from": metrics.get(Metric.RESUMED_FROM),
             "count": metrics.get(Metric.NUM_CHECKPOINTS),
+            "bytes": metrics.get(Metric.CHECKPOINT_BYTES),
         }
         result |= {name: int(value) for name, value in posted.items() if value is not None}
+        result |= _build_times(metrics)
     attempt = observed.record.attempt
     if attempt is not None and attempt.resumed_from_step is not None:
         result["resumed_from"] = attempt.resumed_from_step
     if attempt is not None and attempt.last_step > (result.get("latest_complete") or 0):
         result["latest_complete"] = attempt.last_step
+        # Known from a record that says no more than the step.
+        for name in ("time", "bytes", "save_seconds", "stall_seconds"):
+            result.pop(name, None)
     details = observed.record.details(Phase.TRAIN)
     if details:
         kept = details.get("checkpoints")
@@ -136,9 +170,26 @@ def build_checkpoints(observed: Observed, previous: Previous) -> dict[str, Any] 
             "latest_complete": details.get("latest_complete"),
             "best": details.get("best"),
             "count": len(kept) if isinstance(kept, list) else None,
+            "time": records.to_time(details.get("committed_at") or ""),
+            "bytes": details.get("checkpoint_bytes") or None,
+            "save_seconds": details.get("save_seconds") or None,
+            "stall_seconds": details.get("stall_seconds") or None,
         }
         result |= {name: value for name, value in reported.items() if value is not None}
     return result or None
+
+
+def _build_times(metrics: Mapping[str, float]) -> dict[str, Any]:
+    """Return when the newest checkpoint was committed and how long its save took, as far as that was posted."""
+    times = {
+        "save_seconds": _rounded(metrics, Metric.SAVE_SECONDS, 3),
+        "stall_seconds": _rounded(metrics, Metric.CHECKPOINT_SECONDS, 3),
+    }
+    result: dict[str, Any] = {name: value for name, value in times.items() if value is not None}
+    committed = metrics.get(Metric.CHECKPOINT_TIME)
+    if committed is not None and 0 < committed < 2**40:
+        result["time"] = datetime.datetime.fromtimestamp(committed, datetime.UTC)
+    return result
 
 
 def build_evaluation(plan: Plan, record: records.Record) -> dict[str, Any] | None:

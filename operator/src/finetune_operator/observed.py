@@ -146,8 +146,6 @@ class Progress:
     moved_at: Time
     """When the step last changed."""
     attempt: int = 0
-    checkpoint_at: Time | None = None
-    """When the newest complete checkpoint was first reported."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -65,8 +65,7 @@ class ProgressStore:
 
 def _begin(attempt: int, report: ProgressReport, now: datetime.datetime) -> _Track:
     points = collections.deque([(now, _step(report))], maxlen=WINDOW)
-    saved_at = now if Metric.LATEST_CHECKPOINT in report.metrics else None
-    return _Track(attempt, points, Progress(report, now, None, now, attempt, saved_at))
+    return _Track(attempt, points, Progress(report, now, None, now, attempt))
 
 
 def _append(track: _Track, report: ProgressReport, now: datetime.datetime) -> None:
@@ -80,10 +79,8 @@ def _append(track: _Track, report: ProgressReport, now: datetime.datetime) -> No
     # A post that carries less than the one before does not make its figures unknown.
     metrics = {**track.progress.report.metrics, **report.metrics}
     report = dataclasses.replace(report, metrics=metrics)
-    old = track.progress
-    is_saved = metrics.get(Metric.LATEST_CHECKPOINT) != old.report.metrics.get(Metric.LATEST_CHECKPOINT)
     eta = estimate_seconds(tuple(track.points), metrics.get(Metric.TOTAL_STEPS))
-    track.progress = Progress(report, now, eta, moved_at, track.attempt, now if is_saved else old.checkpoint_at)
+    track.progress = Progress(report, now, eta, moved_at, track.attempt)
 
 
 def _step(report: ProgressReport) -> float:

@@ -11,18 +11,17 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from finetune_contract.reports import Metric, Phase
-
 from . import naming
 from .api.v1alpha1 import FineTuneJob, FineTuneJobStatus, InvalidManifestError, parse_job
 from .cluster import Cluster, JobKey
 from .conditions import Reason
 from .deployment import next_deletion_step
 from .errors import InvalidJobError, RefusedError
+from .gauges import build_gauges
 from .lifecycle import next_step
 from .metrics import JOBS, RECONCILE_ERRORS, RECONCILE_SECONDS
 from .news import select_events
-from .observed import Observed, Progress
+from .observed import Observed
 from .plan import Plan, make_plan
 from .progress import ProgressStore
 from .settings import Settings
@@ -156,32 +155,8 @@ class Reconciler:
         JOBS.forget(key)
 
     def _count(self, key: tuple[str, str], status: FineTuneJobStatus, observed: Observed) -> None:
-        values: dict[str, float] = {"active_seconds": observed.record.active_seconds}
-        for name in ("rows_read", "rows_kept", "rows_removed"):
-            found = observed.record.details(Phase.PREPARE).get(name)
-            if found is not None:
-                values[name] = float(found)
-        progress = status.progress
-        if progress is not None:
-            figures = {
-                "progress_ratio": (progress.percentage or 0) / 100,
-                "loss": progress.loss,
-                "tokens_per_second": progress.tokens_per_second,
-            }
-            values |= {name: float(value) for name, value in figures.items() if value is not None}
-        if status.checkpoints is not None and status.checkpoints.latest_complete is not None:
-            values["checkpoint_step"] = float(status.checkpoints.latest_complete)
-        if observed.progress is not None:
-            values |= self._count_checkpoint(observed.progress)
+        values = build_gauges(status, observed.record, self._clock())
         JOBS.observe(key, status.state or "Pending", values, observed.record.restarts_by_reason)
-
-    def _count_checkpoint(self, progress: Progress) -> dict[str, float]:
-        values = {}
-        if Metric.CHECKPOINT_SECONDS in progress.report.metrics:
-            values["checkpoint_duration_seconds"] = progress.report.metrics[Metric.CHECKPOINT_SECONDS]
-        if progress.checkpoint_at is not None:
-            values["checkpoint_age_seconds"] = (self._clock() - progress.checkpoint_at).total_seconds()
-        return values
 
 
 def _differs_in_figures_only(before: Json, after: Json) -> bool:

@@ -43,6 +43,18 @@ class Attempt:
     """It uses up one of failurePolicy.maxRestarts."""
     in_pod_restarts: int = 0
     """How often its ranks were restarted inside their pod; each is a restart that counts."""
+    reached_step: int = 0
+    """Last optimizer step done, as far as is known."""
+    productive_seconds: float = 0.0
+    """Time in the optimizer steps that led there, those of earlier attempts included."""
+    save_seconds: float = 0.0
+    """Time of its newest save; 0: none was measured."""
+    steps_lost: int = 0
+    """Steps that restarts threw away: those inside its pod, and the one that followed it."""
+    seconds_lost: float = 0.0
+    """The time of those steps."""
+    is_settled: bool = False
+    """An attempt after it has said where it went on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +113,14 @@ class Record:
     """Longest measured optimizer step."""
     active_seconds: float = 0.0
     """Time with pods, over all Jobs that have ended."""
+    training_seconds: float = 0.0
+    """Time with training pods, over all attempts that have ended."""
+    productive_seconds: float = 0.0
+    """Time in the optimizer steps that led to the weights of the newest attempt that has ended; lost ones are off."""
+    steps_lost: int = 0
+    """Steps that restarts threw away, over all attempts."""
+    seconds_lost: float = 0.0
+    """The time of those steps."""
     storage_full_at: int = 0
     """Capacity in bytes at which the workspace was full; 0: it is not."""
     claim_uid: str = ""

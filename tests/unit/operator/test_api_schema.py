@@ -110,7 +110,7 @@ def test_the_columns_are_those_people_look_for():
         *("State", "Progress", "Loss", "ETA", "Restarts", "Age")
     ]
     assert [column["name"] for column in columns if column.get("priority")] == [
-        *("Step", "Tokens/s", "Checkpoint", "Endpoint")
+        *("Step", "Tokens/s", "Checkpoint", "Saved", "Goodput", "Endpoint")
     ]
 
 

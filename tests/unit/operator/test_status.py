@@ -173,6 +173,8 @@ def test_progress_is_what_the_trainer_posted_and_outlives_the_operators_memory()
         "loss": 1.1825,
         "etaSeconds": 120,
         "updatedAt": "2026-01-01T12:00:00Z",
+        "stepsLost": 0,
+        "secondsLost": 0,
         "summary": "43%",
         "eta": "2m0s",
     }

@@ -38,6 +38,8 @@ _COLUMNS = (
     ("Step", "integer", ".status.progress.step", 1, "Optimizer steps done."),
     ("Tokens/s", "number", ".status.progress.tokensPerSecond", 1, "Tokens trained on per second."),
     ("Checkpoint", "integer", ".status.checkpoints.latestComplete", 1, "Step of the newest complete checkpoint."),
+    ("Saved", "date", ".status.checkpoints.time", 1, "Time since the newest complete checkpoint was committed."),
+    ("Goodput", "number", ".status.progress.goodput", 1, "Share of the allocated time that was productive."),
     ("Endpoint", "string", ".status.serving.url", 1, "URL of the endpoint inside the cluster."),
 )
 

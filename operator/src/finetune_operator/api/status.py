@@ -24,6 +24,7 @@ State = Literal[
 ]
 
 Count = Annotated[int, Field(ge=0, le=2**62)]
+Seconds = Annotated[float, Field(ge=0, le=2**40)]
 Scores = Annotated[dict[str, Annotated[dict[str, float], Field(max_length=64)]], Field(max_length=128)]
 
 
@@ -83,6 +84,17 @@ class Progress(StatusModel):
     """Estimated time to the end of training."""
     updated_at: Timestamp | None = None
     """When the trainer last reported."""
+    goodput: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Share of the allocated time that was productive, over all attempts: productiveSeconds / allocatedSeconds."""
+    productive_seconds: Count | None = None
+    """Time in the optimizer steps that led to the present weights, over all attempts. Steps that a restart threw away,
+    saves, evaluations, starts and the loading of models are not in it."""
+    allocated_seconds: Count | None = None
+    """Time with training pods, over all attempts, up to the last report."""
+    steps_lost: Count | None = None
+    """Optimizer steps that restarts threw away, over all attempts."""
+    seconds_lost: Count | None = None
+    """The time of those steps."""
     summary: Annotated[str, Field(max_length=64)] | None = Field(default_factory=_summarise)
     """The percentage for display; filled in from `percentage`."""
     eta: Annotated[str, Field(max_length=64)] | None = Field(default_factory=_format_eta)
@@ -104,6 +116,13 @@ class Attempt(StatusModel):
     """When it ended."""
     resumed_from_step: Count | None = None
     """Step of the checkpoint it resumed from; absent when it started from the base model."""
+    steps_lost: Count | None = None
+    """Optimizer steps that were thrown away by restarts inside its pod and by the one that followed it: the last step
+    done less the step that the next attempt resumed from. Complete once that attempt has started."""
+    seconds_lost: Count | None = None
+    """The time of those steps."""
+    save_seconds: Seconds | None = None
+    """Time from the start of its newest save until the checkpoint was committed."""
     reason: StatusText = ""
     """Why it ended."""
 
@@ -171,6 +190,14 @@ class CheckpointStatus(StatusModel):
 
     latest_complete: Count | None = None
     """Step of the newest complete checkpoint."""
+    time: Timestamp | None = None
+    """When the newest complete checkpoint was committed."""
+    bytes: Count | None = None
+    """Its size."""
+    save_seconds: Seconds | None = None
+    """Time from the start of the newest save until the checkpoint was committed."""
+    stall_seconds: Seconds | None = None
+    """How long training stood still for that save."""
     best: Count | None = None
     """Step of the best checkpoint."""
     resumed_from: Count | None = None
