@@ -15,8 +15,12 @@ MANIFEST = "finetune-manifest.json"
 """Written last: a folder without it is no checkpoint."""
 DELETING = "finetune-deleting"
 """Lies in a folder from the first to the last moment of its deletion: such a folder is no checkpoint."""
+PART = "finetune-part-"
+"""Prefix of the notes that the ranks leave for the one that commits; gone before the manifest is written."""
 QUARANTINE = "quarantine"
 """Where incomplete and damaged checkpoints wait until a newer one has been verified."""
+CONVERTED = "universal"
+"""Where a checkpoint is put together anew for another number of ranks, until the next one is committed."""
 
 _NAME = re.compile(rf"^{PREFIX}(\d+)$")
 _QUARANTINED = re.compile(rf"^{PREFIX}(\d+)\.(\d+)$")

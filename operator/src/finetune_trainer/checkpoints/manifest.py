@@ -11,12 +11,13 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from finetune_trainer.checkpoints.layout import MANIFEST, parse_step
 
-VERSION = 1
+VERSION = 2
+"""2 adds the shapes of the weights, the position in the data and the files of random state to 1."""
 
 
 class ManifestError(ValueError):
@@ -29,6 +30,15 @@ class FileEntry:
 
     size: int
     sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """One tensor of the model, whole."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    """Name without `torch.`: bfloat16."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +55,14 @@ class Manifest:
     """By path relative to the checkpoint, with forward slashes."""
     metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
     """Evaluation metrics at this step; retention of the best reads them."""
+    weights: Mapping[str, Weight] = dataclasses.field(default_factory=dict)
+    """The weights that can be gathered from the shards, by name; of the adapter alone in LoRA."""
+    data_position: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """Where reading the data goes on: `epoch`, and `rows` read since the start of the run."""
+    random_states: Sequence[str] = ()
+    """Files with the states of the random generators, one per rank."""
+    rows_per_step: int = 0
+    """Rows of one optimizer step over all ranks; with the step it says which rows have been trained on."""
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Facts for people: versions, base model, data digest."""
 
@@ -69,10 +87,11 @@ def parse(text: str) -> Manifest:
         raise ManifestError("the manifest is not whole") from error
     if checksum != _checksum(body):
         raise ManifestError("the manifest's checksum does not match its content")
-    if body.pop("version") != VERSION:
+    if body.pop("version") not in (1, VERSION):
         raise ManifestError("the manifest has another version; read it with the release that wrote it")
     files = {name: FileEntry(**entry) for name, entry in body.pop("files").items()}
-    return Manifest(files=files, **body)
+    weights = {name: Weight(tuple(entry["shape"]), entry["dtype"]) for name, entry in body.pop("weights", {}).items()}
+    return Manifest(files=files, weights=weights, **body)
 
 
 def _checksum(body: Mapping[str, Any]) -> str:
@@ -143,11 +162,13 @@ def verify_checkpoint(checkpoint: pathlib.Path, full: bool = False) -> list[str]
     problems = []
     if manifest.step != parse_step(checkpoint.name):
         problems.append(f"the manifest is of step {manifest.step}, the folder is {checkpoint.name}")
-    for name, entry in manifest.files.items():
-        problem = _file_problem(checkpoint / name, entry, full)
-        if problem:
-            problems.append(f"{name}: {problem}")
-    return problems
+    return problems + verify_files(checkpoint, manifest.files, full)
+
+
+def verify_files(checkpoint: pathlib.Path, files: Mapping[str, FileEntry], full: bool) -> list[str]:
+    """Return what is wrong with some files of a checkpoint."""
+    problems = ((name, _file_problem(checkpoint / name, entry, full)) for name, entry in files.items())
+    return [f"{name}: {problem}" for name, problem in problems if problem]
 
 
 def _file_problem(path: pathlib.Path, entry: FileEntry, full: bool) -> str:

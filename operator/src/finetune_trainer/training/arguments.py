@@ -12,8 +12,8 @@ NEVER = 1 << 40
 """More steps than any run has: periodic saves by step are off."""
 
 
-def build_arguments(run: RunConfig, output: pathlib.Path) -> Any:
-    """Return the `SFTConfig` of this run; checkpoints go below `output`."""
+def build_arguments(run: RunConfig, output: pathlib.Path, is_converted: bool = False) -> Any:
+    """Return the `SFTConfig` of this run; checkpoints go below `output`, the one to load may be a converted one."""
     from trl import SFTConfig
 
     training, checkpoint = run.training, run.checkpoint
@@ -36,7 +36,7 @@ def build_arguments(run: RunConfig, output: pathlib.Path) -> Any:
         seed=training.seed,
         data_seed=training.seed,
         use_cpu=run.topology.gpus_per_node == 0,
-        deepspeed=build_deepspeed_config(training),
+        deepspeed=build_deepspeed_config(training, is_converted),
         # What a checkpoint is, and which stay, is decided by ours; the Trainer only writes the files.
         save_strategy="steps",
         save_steps=save_steps,

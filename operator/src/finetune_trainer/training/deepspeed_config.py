@@ -8,8 +8,11 @@ from typing import Any
 from finetune_contract.run_config import TrainingConfig
 
 
-def build_deepspeed_config(training: TrainingConfig) -> dict[str, Any]:
-    """Return the configuration; values that the Trainer also knows are `auto`, so that the two cannot disagree."""
+def build_deepspeed_config(training: TrainingConfig, is_converted: bool = False) -> dict[str, Any]:
+    """Return the configuration; values that the Trainer also knows are `auto`, so that the two cannot disagree.
+
+    `is_converted`: the checkpoint to load is in universal form.
+    """
     stage = training.zero_stage
     zero: dict[str, Any] = {
         "stage": stage,
@@ -40,6 +43,8 @@ def build_deepspeed_config(training: TrainingConfig) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
     }
+    if is_converted:
+        generated["checkpoint"] = {"load_universal": True}
     return merge(generated, training.deepspeed_config)
 
 

@@ -1,7 +1,8 @@
-"""Commits, rotates and fences the checkpoints of one attempt; the Trainer only writes the files.
+"""Saves, commits, rotates and fences the checkpoints of one attempt; the Trainer only says what is in them.
 
-Every rank holds one keeper and calls it at the same points. Rank 0 decides and does the I/O that must be done once; a
-save is a checkpoint from the moment its manifest is durable.
+Every rank holds one keeper and calls it at the same points. A save is copied and handed to the rank's writer, training
+goes on, and the save is a checkpoint from the moment its manifest is durable. At most one is in flight; one that fails
+ends the attempt with the same error on every rank, at the next step or save.
 """
 
 from __future__ import annotations
@@ -9,31 +10,21 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from finetune_contract.reports import ExitCode, Reason
+from finetune_contract.reports import Reason
 from finetune_contract.run_config import RunConfig
 from finetune_contract.workspace import Workspace
-from finetune_trainer.checkpoints import attempt, disk, layout, retention
-from finetune_trainer.checkpoints.manifest import (
-    FileEntry,
-    Manifest,
-    list_files,
-    read_manifest,
-    seal_files,
-    write_manifest,
-)
-from finetune_trainer.checkpoints.resume import (
-    Verdict,
-    choose_resume,
-    move_to_quarantine,
-    observe_checkpoints,
-    quarantine,
-)
+from finetune_trainer.checkpoints import attempt, layout, retention
+from finetune_trainer.checkpoints.commit import CommitPlan, Receipt, Shelf
+from finetune_trainer.checkpoints.manifest import Manifest, read_manifest
+from finetune_trainer.checkpoints.writer import Commit, Seal, Writer
 from finetune_trainer.distributed import ControlGroup
-from finetune_trainer.errors import TrainerError, is_disk_full
-from finetune_trainer.reporting import emit, emit_warning, now_text
+from finetune_trainer.training.host_memory import limit_buffer
+from finetune_trainer.training.resuming import choose_checkpoint
+from finetune_trainer.training.schedule import count_rows_per_step
+from finetune_trainer.training.snapshot import Buffer, Image, copy_images, count_buffer_bytes
 
 
 @dataclasses.dataclass
@@ -43,6 +34,7 @@ class CheckpointKeeper:
     run: RunConfig
     group: ControlGroup
     attempt: int
+    writer: Writer
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Facts that go into every manifest."""
     resumed_from: int | None = None
@@ -58,9 +50,10 @@ class CheckpointKeeper:
     """Size of `latest_complete`; rank 0 only, like the time."""
     last_committed_at: str = ""
     """When `latest_complete` was committed, RFC 3339."""
-    first_estimate_bytes: int = 0
-    """Expected size of a checkpoint while there is none to measure."""
     _started: float = 0.0
+    _in_flight: int | None = None
+    """Step of the save that is being written."""
+    _buffer: Buffer | None = None
 
     @property
     def root(self) -> pathlib.Path:
@@ -69,142 +62,118 @@ class CheckpointKeeper:
 
     def start(self) -> pathlib.Path | None:
         """Claim the workspace and return the checkpoint to resume from; the same on every rank."""
-        chosen = self.group.decide(self._start_once)
+        self.group.decide(lambda: attempt.claim_workspace(self._fence().attempt_file, self.attempt))
+        chosen = choose_checkpoint(self.root, self.run.checkpoint.resume, self.group)
         if chosen is None:
             return None
-        self.resumed_from = self.latest_complete = chosen
-        return self.root / layout.checkpoint_name(chosen)
+        self.resumed_from = self.latest_complete = chosen.step
+        if self.group.rank == 0:
+            manifest = read_manifest(chosen.path)
+            self.last_bytes, self.last_committed_at = manifest.num_bytes, manifest.created_at
+            self.kept, self.best = self._shelf().observe()
+        return chosen.path
 
-    def _start_once(self) -> int | None:
-        attempt.claim_workspace(self._attempt_file(), self.attempt)
-        verdicts = observe_checkpoints(self.root)
-        for verdict in quarantine(self.root, verdicts):
-            emit_warning(
-                "checkpoint moved to quarantine", checkpoint=verdict.folder.path.name, problem=verdict.problems[0]
-            )
-        chosen = choose_resume(verdicts) if self.run.checkpoint.resume != "Never" else None
-        if self.run.checkpoint.resume == "Never":
-            self._set_aside(verdicts)
-        if chosen is None:
-            return None
-        self._require_same_world(chosen)
-        self.resumed_from = chosen.step
-        manifest = read_manifest(chosen.path)
-        self.last_bytes, self.last_committed_at = manifest.num_bytes, manifest.created_at
-        self._observe_kept()
-        emit("resuming", checkpoint=chosen.path.name)
-        return chosen.step
-
-    def _set_aside(self, verdicts: list[Verdict]) -> None:
-        """Move the checkpoints of earlier runs aside, so that new ones never mix with them."""
-        for verdict in verdicts:
-            if verdict.is_complete:
-                move_to_quarantine(self.root, verdict.folder)
-
-    def _require_same_world(self, folder: layout.Folder) -> None:
-        manifest = read_manifest(folder.path)
-        if manifest.world_size == self.group.size and manifest.zero_stage == self.run.training.zero_stage:
-            return
-        raise TrainerError(
-            Reason.INVALID_CONFIG,
-            ExitCode.CONFIG,
-            f"{folder.path.name} was saved by {manifest.world_size} processes with ZeRO-{manifest.zero_stage}; this "
-            f"attempt has {self.group.size} with ZeRO-{self.run.training.zero_stage}",
-            f"Set spec.resources so that nodes x processesPerNode is {manifest.world_size} and "
-            f"spec.training.deepspeed.zeroStage to {manifest.zero_stage}, or spec.checkpoint.resume to Never.",
-        )
+    def is_saved(self, step: int) -> bool:
+        """Whether a step has been saved, or is being saved."""
+        return step in (self.latest_complete, self._in_flight)
 
     def before_save(self) -> None:
-        """Check the fence and the free space; raises the same TrainerError on every rank."""
+        """Wait for the save before, and check the fence; raises the same TrainerError on every rank."""
         self._started = time.monotonic()
-        self.group.decide(self._before_save_once)
+        self.settle()
+        self.group.decide(self._fence().require_newest)
 
-    def _before_save_once(self) -> None:
-        self._require_newest()
-        self.root.mkdir(parents=True, exist_ok=True)
-        needed = disk.read_last_bytes(self.root) or self.first_estimate_bytes
-        if disk.read_free_bytes(self.root) < needed * disk.SLACK:
-            self._make_room(needed)
-        disk.require_room(self.root, needed)
+    def save(self, step: int, images: Sequence[Image], facts: Mapping[str, Any]) -> None:
+        """Copy this rank's files of a save, and have them written and committed while training goes on.
+
+        `facts` are fields of the manifest that differ from save to save: metrics, weights, data_position. Raises the
+        same TrainerError on every rank where the workspace has no room for the files of all ranks.
+        """
+        needed = sum(self.group.gather(sum(image.size for image in images)))
+        self.group.decide(lambda: self._make_room(needed))
+        folder = self.root / layout.checkpoint_name(step)
+        if self._buffer is None:
+            self._buffer = Buffer(self.writer)
+        self._buffer.grow(limit_buffer(count_buffer_bytes(images), self.run.topology.processes_per_node))
+        copy_images(images, self._buffer, self.writer, (folder, self._fence()))
+        self.writer.submit(Seal(folder, self.group.rank, self.attempt))
+        if self.group.rank == 0:
+            self.writer.submit(Commit(CommitPlan(self._shelf(), self._build_manifest(step, facts))))
+        self._in_flight = step
+        self.last_seconds = time.monotonic() - self._started
+
+    def look(self) -> None:
+        """Take note, between two steps, of how the save in flight stands; every rank at the same step.
+
+        Raises the same TrainerError on every rank when it has failed on one.
+        """
+        if self._in_flight is None:
+            return
+        self.writer.poll()
+        has_failed, is_unfinished = self.group.any(
+            [self.writer.failure is not None, self.writer.num_outstanding > 0]
+        )
+        if has_failed:
+            self._give_up()
+        if not is_unfinished:
+            self._note_commit()
+
+    def settle(self) -> None:
+        """Wait until no save is in flight. Raises the same TrainerError on every rank when it has failed on one."""
+        if self._in_flight is None:
+            return
+        # The writer of rank 0 commits once all have sealed their parts: where one cannot, that would not end.
+        self.writer.wait(num_outstanding=1 if self.group.rank == 0 else 0)
+        if self.group.any([self.writer.failure is not None])[0]:
+            self._give_up()
+        self.writer.wait()
+        if self.group.any([self.writer.failure is not None])[0]:
+            self._give_up()
+        self._note_commit()
+
+    def _note_commit(self) -> None:
+        receipt: Receipt = self.group.decide(lambda: self.writer.answer)
+        self.latest_complete, self._in_flight = self._in_flight, None
+        self.kept, self.best = receipt.kept, receipt.best
+        self.last_save_seconds = receipt.ended_at - self._started
+        self.last_bytes, self.last_committed_at = receipt.num_bytes, receipt.committed_at
+
+    def _give_up(self) -> None:
+        """End the save in flight everywhere, and raise the first rank's error; what was written of it is garbage.
+
+        On a full volume the garbage goes at once: the attempt that goes on needs the room.
+        """
+        failure = next(one for one in self.group.gather(self.writer.failure) if one is not None)
+        self.writer.stop()
+        self.group.barrier()
+        folder = self.root / layout.checkpoint_name(self._in_flight or 0)
+        if self.group.rank == 0 and failure.reason is Reason.STORAGE_FULL and not (folder / layout.MANIFEST).exists():
+            retention.delete_checkpoint(folder)
+        raise failure
 
     def _make_room(self, needed_bytes: int) -> None:
-        """Delete before the save what would go after it, garbage first; the newest complete one always stays."""
-        if self.latest_complete is not None:
-            retention.delete_quarantine_before(self.root, self.latest_complete, self._require_newest)
-        missing = needed_bytes * disk.SLACK - disk.read_free_bytes(self.root)
-        self._delete(retention.select_before_save(self._list_committed(), self._limits(), self._protected(), missing))
+        self.root.mkdir(parents=True, exist_ok=True)
+        self._shelf().make_room(needed_bytes, self.latest_complete)
 
-    def commit(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Make the files of a save durable, write the manifest last, then rotate."""
-        folder = self.root / layout.checkpoint_name(step)
-        self.group.barrier()
-        names = self.group.decide(lambda: list_files(folder))
-        # The ranks share the reading: one process hashes about 1 GB/s.
-        share = seal_files(folder, names[self.group.rank :: self.group.size])
-        sealed = self.group.gather(share)
-        files = {name: entry for part in sealed for name, entry in part.items()}
-        self.kept, self.best = self.group.decide(lambda: self._commit_once(folder, step, files, metrics))
-        self.latest_complete = step
-        self.last_seconds = self.last_save_seconds = time.monotonic() - self._started
-
-    def abandon(self, step: int, error: Exception) -> None:
-        """After a save that failed: on a full volume, remove what was written and raise the error with the numbers.
-
-        Libraries say it in many ways, some without the system's error; so the volume itself is asked.
-        """
-        free = disk.read_free_bytes(self.root)
-        if isinstance(error, TrainerError) or (free > disk.FULL_BYTES and not is_disk_full(error)):
-            return
-        folder = self.root / layout.checkpoint_name(step)
-        if not (folder / layout.MANIFEST).exists():
-            retention.delete_checkpoint(folder)
-        raise disk.build_full_error(f"while {folder.name} was written", free) from error
-
-    def _commit_once(
-        self, folder: pathlib.Path, step: int, files: Mapping[str, FileEntry], metrics: Mapping[str, float]
-    ) -> tuple[list[int], int | None]:
-        self._require_newest()
-        manifest = Manifest(
+    def _build_manifest(self, step: int, facts: Mapping[str, Any]) -> Manifest:
+        return Manifest(
             step=step,
             world_size=self.group.size,
+            rows_per_step=count_rows_per_step(self.group.size, self.run.training),
             zero_stage=self.run.training.zero_stage,
             dtype=self.run.training.precision,
             attempt=self.attempt,
-            created_at=now_text(),
-            files=files,
-            metrics=metrics,
+            created_at="",
+            files={},
             extra=self.extra,
+            **facts,
         )
-        write_manifest(folder, manifest)
-        self.last_bytes, self.last_committed_at = manifest.num_bytes, manifest.created_at
-        emit("checkpoint committed", checkpoint=folder.name, size=disk.format_bytes(manifest.num_bytes))
-        self._delete(retention.select_surplus(self._list_committed(), self._limits(), self._protected()))
-        retention.delete_quarantine_before(self.root, step, self._require_newest)
-        self._observe_kept()
-        return self.kept, self.best
 
-    def _delete(self, steps: Iterable[int]) -> None:
-        for folder in retention.delete_steps(self.root, steps, self._require_newest):
-            emit_warning("checkpoint not deleted, trying again after the next save", checkpoint=folder.path.name)
-
-    def _limits(self) -> retention.Limits:
+    def _shelf(self) -> Shelf:
         checkpoint = self.run.checkpoint
-        return retention.Limits(checkpoint.keep_latest, checkpoint.keep_best, checkpoint.best_mode)
+        limits = retention.Limits(checkpoint.keep_latest, checkpoint.keep_best, checkpoint.best_mode)
+        protected = () if self.resumed_from is None else (self.resumed_from,)
+        return Shelf(self.root, self._fence(), limits, checkpoint.best_metric, protected)
 
-    def _protected(self) -> tuple[int, ...]:
-        return () if self.resumed_from is None else (self.resumed_from,)
-
-    def _require_newest(self) -> None:
-        attempt.require_newest(self._attempt_file(), self.attempt)
-
-    def _observe_kept(self) -> None:
-        committed = self._list_committed()
-        self.kept = [one.step for one in committed]
-        ranked = retention.rank_best(committed, self.run.checkpoint.best_mode)
-        self.best = ranked[0] if ranked else None
-
-    def _list_committed(self) -> list[retention.Committed]:
-        return retention.list_committed(self.root, self.run.checkpoint.best_metric)
-
-    def _attempt_file(self) -> pathlib.Path:
-        return Workspace(pathlib.Path(self.run.workspace)).attempt_file
+    def _fence(self) -> attempt.Fence:
+        return attempt.Fence(Workspace(pathlib.Path(self.run.workspace)).attempt_file, self.attempt)

@@ -24,6 +24,8 @@ class ContractTrainer(SFTTrainer):  # type: ignore[misc]
     """Commits each save through a keeper."""
 
     keeper: CheckpointKeeper
+    is_converted = False
+    """The checkpoint to resume from is in DeepSpeed's universal form."""
 
     def get_train_dataloader(self) -> RowLoader:
         """Return this rank's share of the rows, which needs no replay when it is resumed."""
@@ -43,6 +45,14 @@ class ContractTrainer(SFTTrainer):  # type: ignore[misc]
         except Exception as error:
             self.keeper.abandon(self.state.global_step, error)
             raise
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.is_converted:
+            # DeepSpeed gives all groups of a converted ZeRO-3 checkpoint one and the same counter of steps, which each
+            # group would then advance.
+            for state in self.model_wrapped.optimizer.optimizer.state.values():
+                state["step"] = state["step"].clone()
 
     def commit_last(self) -> None:
         """Make the end of training a checkpoint, whatever the save interval; nothing is saved twice."""
