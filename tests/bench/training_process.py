@@ -96,10 +96,13 @@ def start_forked(work: Callable[[], int], log: pathlib.Path) -> TrainingProcess:
                 _write_output_to(log)
                 code = work()
         except BaseException:
-            traceback.print_exc()
+            with contextlib.suppress(Exception):
+                traceback.print_exc()
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            # On a full disk even this fails; but nothing of the parent's may ever run here.
+            with contextlib.suppress(Exception):
+                sys.stdout.flush()
+                sys.stderr.flush()
             os._exit(code)
     with contextlib.suppress(OSError):
         # Also here: a kill must not come before the group exists.

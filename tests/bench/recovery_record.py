@@ -1,0 +1,88 @@
+"""The file of a recovery campaign: a line per fault, a line per run; and the sums over it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+OURS, STOCK, ENGINE = "ours", "stock", "engine"
+"""The arms: a training by us, one by the stock Trainer, and our save engine alone."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sums:
+    """What the faults of one kind in one arm came to."""
+
+    num_faults: int = 0
+    num_resumed: int = 0
+    num_inside: int = 0
+    num_fresh: int = 0
+    num_lost_checkpoints: int = 0
+    """Faults after which a complete checkpoint was damaged or passed over."""
+    lost_intervals_max: float = 0.0
+    lost_intervals_mean: float = 0.0
+    num_runs: int = 0
+    num_diverged: int = 0
+    num_unfinished: int = 0
+    """Runs that never came to their end, whatever was done."""
+    num_hands: int = 0
+
+    @property
+    def resumed_share(self) -> float:
+        """Share of the faults after which training went on by itself."""
+        return self.num_resumed / self.num_faults if self.num_faults else 0.0
+
+
+class Record:
+    """The file of one campaign, which goes on where it stopped."""
+
+    def __init__(self, path: pathlib.Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        self._lines = [json.loads(line) for line in lines if line.endswith("}")]
+
+    def add_run(self, arm: str, kind: str, number: int, faults: list[dict[str, Any]], **facts: Any) -> None:
+        """Append the faults of a run and its end; all of it at once, so that a run is there whole or not at all."""
+        run = {"arm": arm, "kind": kind, "run": number}
+        lines = [{**run, "fault": fault} for fault in faults] + [{**run, "end": facts}]
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(line) + "\n" for line in lines))
+        self._lines += lines
+
+    def count_runs(self, arm: str, kind: str) -> int:
+        """Return how many runs of a kind are done; the next one has this number."""
+        return len(self._list(arm, kind, "end"))
+
+    def count_faults(self, arm: str, kind: str) -> int:
+        """Return how many faults of a kind are done."""
+        return len(self._list(arm, kind, "fault"))
+
+    def list_errors(self, arm: str) -> list[str]:
+        """Return what was said where training did not go on by itself."""
+        faults = [fault for kind in ("kills", "disks") for fault in self._list(arm, kind, "fault")]
+        return [fault.get("error", "") for fault in faults if fault["has_resumed"] is False]
+
+    def sum_up(self, arm: str, kind: str) -> Sums:
+        """Return the sums over the faults of a kind in an arm."""
+        faults, ends = self._list(arm, kind, "fault"), self._list(arm, kind, "end")
+        lost = [fault["lost_intervals"] for fault in faults]
+        return Sums(
+            num_faults=len(faults),
+            num_resumed=sum(bool(fault["has_resumed"]) for fault in faults),
+            num_inside=sum(fault["was_inside"] for fault in faults),
+            num_fresh=sum(fault["fault"]["is_fresh"] for fault in faults),
+            num_lost_checkpoints=sum(fault["has_lost_checkpoint"] for fault in faults),
+            lost_intervals_max=max(lost, default=0.0),
+            lost_intervals_mean=sum(lost) / len(lost) if lost else 0.0,
+            num_runs=len(ends),
+            num_diverged=sum(end["is_finished"] and end["has_diverged"] for end in ends),
+            num_unfinished=sum(not end["is_finished"] for end in ends),
+            num_hands=sum(end["num_hands"] for end in ends),
+        )
+
+    def _list(self, arm: str, kind: str, part: str) -> list[dict[str, Any]]:
+        wanted = (line for line in self._lines if line["arm"] == arm and line["kind"] == kind)
+        return [line[part] for line in wanted if part in line]

@@ -1,0 +1,295 @@
+"""Plays one run of a recovery campaign: a training that faults strike one after the other, restarted until it ends."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import time
+from typing import Any
+
+from finetune_trainer.checkpoints.layout import list_folders
+from tests.bench.recovery_arms import Arm
+from tests.bench.recovery_faults import Fault
+from tests.bench.small_volume import SmallVolume
+from tests.bench.training_process import StepLog
+from tests.support.training_runs import Run
+from tests.support.waiting import eventually
+
+HANG_SECONDS = 120.0
+"""A training that reports nothing for so long hangs."""
+
+MAX_HANDS = 3
+"""So often in a row somebody helps a stuck training before its run is given up."""
+
+IN_SAVE_SECONDS = 0.5
+"""For so long a disk keeps what the fault left of it; if the save fitted after all, the next one finds nothing."""
+
+POLL_SECONDS = 0.001
+
+
+@dataclasses.dataclass
+class Pace:
+    """Usual times, measured in the run without faults; moments are shares of them."""
+
+    start: float = 3.0
+    step: float = 0.1
+    save: float = 0.05
+    imports: float = 15.0
+    """What a fresh start takes longer than a forked one."""
+
+
+@dataclasses.dataclass
+class Hit:
+    """One fault that struck, and what came of it."""
+
+    fault: Fault
+    reached: int | None
+    """Last step reported in the life that was struck; None: it had not reported any."""
+    complete_before: int
+    """Newest complete checkpoint when the fault struck; 0: none."""
+    was_inside: bool
+    """Whether a save had begun that was not complete when it struck."""
+    problems: list[str]
+    """What was wrong with the newest complete checkpoint afterwards, every byte looked at."""
+    has_resumed: bool | None = None
+    """Whether training went on without anybody's help; None: not known yet."""
+    resumed_from: int | None = None
+    exit_code: int | None = None
+    error: str = ""
+
+    @property
+    def lost_steps(self) -> int:
+        """Steps that had to be done again."""
+        if self.reached is None or self.resumed_from is None:
+            return 0
+        return max(0, self.reached - self.resumed_from)
+
+    @property
+    def has_lost_checkpoint(self) -> bool:
+        """Whether a complete checkpoint was damaged or passed over."""
+        passed_over = self.resumed_from is not None and self.resumed_from < self.complete_before
+        return bool(self.problems) or passed_over
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the record of this fault for the campaign's file."""
+        derived = {"lost_steps": self.lost_steps, "has_lost_checkpoint": self.has_lost_checkpoint}
+        return {**dataclasses.asdict(self), **derived}
+
+
+class Life:
+    """One life of a training, from a start to the fault that ends it or to its own end."""
+
+    def __init__(self, arm: Arm, run: Run, log: StepLog, is_fresh: bool) -> None:
+        self.arm, self.run, self._log = arm, run, log
+        log.read()
+        self.steps: list[int] = []
+        """Steps reported in this life."""
+        self.saves: dict[int, list[float]] = {}
+        """When each save of this life was first seen to have begun, and to be complete."""
+        self.process = arm.start(run, is_fresh)
+        self.seconds_to_first_step = 0.0
+        self.last_heard_at = time.monotonic()
+        self._due_at: float | None = None
+
+    def run_until(self, fault: Fault | None, pace: Pace) -> bool:
+        """Watch until the moment of `fault` has come; False when the training ended before, or hangs."""
+        self._due_at = None
+        while self.process.exit_code is None:
+            self._look()
+            if fault is not None and self._is_due(fault, pace):
+                return True
+            if time.monotonic() - self.last_heard_at > HANG_SECONDS:
+                self.process.kill()
+                break
+            time.sleep(POLL_SECONDS)
+        self._look()
+        return False
+
+    def read_rest(self) -> None:
+        """Read what was reported until now."""
+        self._look()
+
+    def begin_again(self) -> None:
+        """Forget this life's steps and saves: its ranks were started again."""
+        self.steps, self.saves = [], {}
+
+    def newest_complete(self) -> int:
+        """Return the step of the newest complete checkpoint; 0: none."""
+        return max((step for step in self._list_steps() if self.arm.is_complete(self.run, step)), default=0)
+
+    def find_open_save(self) -> int | None:
+        """Return the step of a save of this life that has begun and is not complete."""
+        newest = max(self._list_steps(), default=0)
+        is_mine = bool(self.steps) and newest >= self.steps[0]
+        return newest if is_mine and newest > self.newest_complete() else None
+
+    def _list_steps(self) -> list[int]:
+        return [folder.step for folder in list_folders(self.run.workspace.checkpoints)]
+
+    def _look(self) -> None:
+        new = self._log.read()
+        now = time.monotonic()
+        if new:
+            self.last_heard_at = now
+            self.seconds_to_first_step = self.seconds_to_first_step or now - self.process.started_at
+            self.steps += new
+        if not self.steps:
+            return
+        for step in self._list_steps():
+            # What lay there before belongs to an earlier life.
+            if step >= self.steps[0]:
+                times = self.saves.setdefault(step, [now])
+                if len(times) == 1 and self.arm.is_complete(self.run, step):
+                    times.append(now)
+
+    def _is_due(self, fault: Fault, pace: Pace) -> bool:
+        now = time.monotonic()
+        if fault.moment == "start":
+            usual = pace.start + (pace.imports if self.process.is_fresh else 0.0)
+            return now - self.process.started_at >= fault.share * usual
+        if fault.moment == "last-byte":
+            return len(self.saves) >= fault.count and self._has_all_bytes()
+        if self._due_at is None:
+            usual = pace.save if fault.moment == "save" else pace.step
+            if len(self.saves if fault.moment == "save" else self.steps) >= fault.count:
+                # A disk's share says how much is left of it, not when.
+                self._due_at = now + (0.0 if fault.target == "disk" else fault.share * usual)
+        return self._due_at is not None and now >= self._due_at
+
+    def _has_all_bytes(self) -> bool:
+        """Whether the open save has every file that the last complete one has, none of them shorter than a half."""
+        step, before = self.find_open_save(), self.newest_complete()
+        if step is None or not before:
+            return False
+        root = self.run.workspace.checkpoints
+        sizes = _list_sizes(root / f"checkpoint-{step}", step)
+        wanted = _list_sizes(root / f"checkpoint-{before}", before)
+        shards = [name for name in wanted if name.endswith(".pt")]
+        return all(name in sizes for name in wanted if "manifest" not in name) and all(
+            sizes[name] >= wanted[name] for name in shards
+        )
+
+
+def _list_sizes(folder: Any, step: int) -> dict[str, int]:
+    """Return the sizes of the files of a checkpoint; the step in their names is left out."""
+    sizes = {}
+    for path in folder.rglob("*"):
+        try:
+            if path.is_file():
+                sizes[str(path.relative_to(folder)).replace(f"global_step{step}", "global_step")] = path.stat().st_size
+        except FileNotFoundError:
+            continue
+    return sizes
+
+
+@dataclasses.dataclass
+class Story:
+    """What happened in one run."""
+
+    hits: list[Hit]
+    is_finished: bool
+    weights: dict[str, str]
+    """Digests of what the training ended with; empty when it did not end."""
+    num_hands: int
+    life: Life
+    """The last life."""
+
+
+def play(
+    arm: Arm, run: Run, faults: list[Fault], pace: Pace, volume: SmallVolume | None = None, *, last_step: int
+) -> Story:
+    """Strike `faults` one after the other, restart after each at once, and let the training end."""
+    hits: list[Hit] = []
+    waiting = list(faults)
+    log = StepLog(run.root)
+    life: Life | None = None
+    hands = hands_in_a_row = 0
+    while True:
+        fault = waiting[0] if waiting else None
+        life = life or Life(arm, run, log, fault is not None and fault.is_fresh)
+        has_come = life.run_until(fault, pace)
+        if life.steps:
+            _settle(hits, life.steps[0] - 1)
+            hands_in_a_row = 0
+        if has_come and fault is not None:
+            hits.append(_strike(life, fault, volume))
+            waiting.pop(0)
+            life = None if life.process.exit_code is not None else life
+            continue
+        if life.process.exit_code == 0:
+            _settle(hits, last_step)
+            return Story(hits, True, arm.read_weights(run, last_step), hands, life)
+        _fail(hits, life)
+        hands, hands_in_a_row = hands + 1, hands_in_a_row + 1
+        if hands_in_a_row > MAX_HANDS or not arm.lend_a_hand(run):
+            return Story(hits, False, {}, hands, life)
+        life = None
+
+
+def _settle(hits: list[Hit], resumed_from: int) -> None:
+    for hit in hits:
+        if hit.has_resumed is None:
+            hit.has_resumed, hit.resumed_from = True, resumed_from
+
+
+def _fail(hits: list[Hit], life: Life) -> None:
+    tail = (life.run.root / "trainer.log").read_text(errors="replace").strip().splitlines()[-3:]
+    if not any(hit.has_resumed is None for hit in hits):
+        # It ended by itself although nothing had struck since it last trained: that is the worst of all.
+        hits.append(Hit(Fault("none", "step", 0, 0.0), None, 0, False, [], False))
+    for hit in hits:
+        if hit.has_resumed is None or hit.fault.target == "none":
+            hit.has_resumed, hit.error = False, " / ".join(tail)[-600:]
+
+
+def _strike(life: Life, fault: Fault, volume: SmallVolume | None) -> Hit:
+    complete = life.newest_complete()
+    was_inside = life.find_open_save() is not None
+    if fault.target == "disk":
+        assert volume is not None
+        _fill_until_end(life, fault, volume)
+    elif fault.target == "pod":
+        life.process.kill()
+        # Nobody writes any more: what is incomplete now was being written.
+        was_inside = life.find_open_save() is not None
+    else:
+        _kill_one(life, fault)
+    life.read_rest()
+    reached = life.steps[-1] if life.steps else None
+    problems = life.arm.list_problems(life.run, complete) if complete else []
+    hit = Hit(fault, reached, complete, was_inside, problems, exit_code=life.process.exit_code)
+    life.begin_again()
+    return hit
+
+
+def _fill_until_end(life: Life, fault: Fault, volume: SmallVolume) -> None:
+    """Let the volume run full, and whatever is freed be taken too, until the training has stopped by itself."""
+    checkpoint = max(_count_bytes(life, life.newest_complete()), 1 << 20)
+    volume.leave_free(int(fault.share * checkpoint) if fault.moment == "save" else 0)
+    began = time.monotonic()
+    while life.process.exit_code is None:
+        if fault.moment == "step" or time.monotonic() - began > IN_SAVE_SECONDS:
+            volume.leave_free(0)
+        if time.monotonic() - began > HANG_SECONDS:
+            life.process.kill()
+        time.sleep(POLL_SECONDS)
+    volume.give_back()
+
+
+def _count_bytes(life: Life, step: int) -> int:
+    return sum(_list_sizes(life.run.workspace.checkpoints / f"checkpoint-{step}", step).values())
+
+
+def _kill_one(life: Life, fault: Fault) -> None:
+    """Kill one process, and wait until its ranks have been started again or the pod has ended."""
+    ranks = life.process.list_ranks()
+    helpers = life.process.list_helpers()
+    victims = helpers if fault.target == "writer" and helpers else ranks
+    os.kill(victims[fault.rank % len(victims)], signal.SIGKILL)
+    eventually(
+        lambda: life.process.exit_code is not None or not set(ranks) & set(life.process.list_ranks()),
+        within=HANG_SECONDS,
+        every=POLL_SECONDS,
+        otherwise=f"rank {fault.rank} was killed, and nothing came of it",
+    )
