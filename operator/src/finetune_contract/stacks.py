@@ -29,15 +29,16 @@ def choose_culprit(stacks: Mapping[str, Mapping[str, Any]]) -> str | None:
 def describe_stacks(stacks: Mapping[str, Mapping[str, Any]]) -> str:
     """Return in one line where the ranks stand, the culprit first."""
     culprit = choose_culprit(stacks)
-    groups: dict[str, list[str]] = {}
+    groups: dict[tuple[str, bool], list[str]] = {}
     for rank in sorted(stacks, key=lambda rank: (rank != culprit, _number(rank))):
         stack = stacks[rank]
-        verb = "waits for the others at" if stack.get("waits") else "stands at"
-        groups.setdefault(f"{verb} {stack.get('at')}", []).append(rank)
+        groups.setdefault((str(stack.get("at")), bool(stack.get("waits"))), []).append(rank)
     texts = []
-    for place, ranks in groups.items():
-        who = f"rank {ranks[0]}" if len(ranks) == 1 else f"each of the {len(ranks)} ranks {_list(ranks)}"
-        texts.append(f"{who} {place}")
+    for (place, waits), ranks in groups.items():
+        is_one = len(ranks) == 1
+        who = f"rank {ranks[0]}" if is_one else f"ranks {_list(ranks)}"
+        verb = ("waits" if is_one else "wait") + " for the others" if waits else "stands" if is_one else "stand"
+        texts.append(f"{who} {verb} at {place}")
     return "; ".join(texts)
 
 

@@ -67,7 +67,7 @@ _HARDWARE = re.compile(
     r"GPU is lost|CUDA error: unknown error",
     re.IGNORECASE,
 )
-_XID = re.compile(r"\bXid\b(?:[^:\n]*\([^)\n]*\))?\D{0,16}(\d+)", re.IGNORECASE)
+_XID = re.compile(r"\bXid\b(?:[^:\n]*\([^)\n]*\))?\D{0,16}(\d+)")
 _XID_OF_PROGRAMS = frozenset({13, 31, 43, 45, 68})
 """Xids that a program causes with a wrong address or by being ended; NVIDIA lists every other as the device's."""
 _DEVICE_ASSERT = re.compile(r"device-side assert", re.IGNORECASE)
