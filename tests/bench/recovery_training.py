@@ -27,6 +27,9 @@ IN_SAVE_SECONDS = 0.5
 
 POLL_SECONDS = 0.001
 
+NOTHING = "nothing"
+"""In place of a fault's target: the training ended by itself."""
+
 
 @dataclasses.dataclass
 class Pace:
@@ -228,19 +231,23 @@ def play(
 
 
 def _settle(hits: list[Hit], resumed_from: int) -> None:
+    """Note where training went on after the faults that are not yet settled."""
     for hit in hits:
-        if hit.has_resumed is None:
-            hit.has_resumed, hit.resumed_from = True, resumed_from
+        if hit.resumed_from is None and hit.fault.target != NOTHING:
+            hit.has_resumed = hit.has_resumed is None
+            hit.resumed_from = resumed_from
 
 
 def _fail(hits: list[Hit], life: Life) -> None:
+    """Note that a life ended although no fault struck it."""
     tail = (life.run.root / "trainer.log").read_text(errors="replace").strip().splitlines()[-3:]
-    if not any(hit.has_resumed is None for hit in hits):
-        # It ended by itself although nothing had struck since it last trained: that is the worst of all.
-        hits.append(Hit(Fault("none", "step", 0, 0.0), None, 0, False, [], False))
+    error = " / ".join(tail)[-600:]
+    if life.steps:
+        # Nothing had struck since it last trained: that is the worst of all.
+        hits.append(Hit(Fault(NOTHING, "step", 0, 0.0), None, 0, False, [], False, error=error))
     for hit in hits:
-        if hit.has_resumed is None or hit.fault.target == "none":
-            hit.has_resumed, hit.error = False, " / ".join(tail)[-600:]
+        if hit.has_resumed is None:
+            hit.has_resumed, hit.error = False, error
 
 
 def _strike(life: Life, fault: Fault, volume: SmallVolume | None) -> Hit:

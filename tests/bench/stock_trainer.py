@@ -34,6 +34,8 @@ def saved_path(root: pathlib.Path, step: int) -> pathlib.Path:
 
 
 def _run_rank(inputs: Any) -> tuple[int, dict[str, Any]]:
+    import transformers.trainer
+    from accelerate import skip_first_batches
     from transformers import Trainer, set_seed
     from transformers.trainer_utils import get_last_checkpoint
 
@@ -42,6 +44,8 @@ def _run_rank(inputs: Any) -> tuple[int, dict[str, Any]]:
     from finetune_trainer.training.collate import Collator
     from finetune_trainer.training.rank import build_dataset, join_ranks
 
+    # Ours puts something else in its place, in the process that both are forked from.
+    transformers.trainer.skip_first_batches = skip_first_batches
     run = inputs.run
     join_ranks(run.topology.gpus_per_node > 0)
     output = Workspace(pathlib.Path(run.workspace)).checkpoints
