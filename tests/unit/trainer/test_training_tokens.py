@@ -149,3 +149,19 @@ def test_missing_rows_say_what_to_run_first(tmp_path):
 
     assert "finetune-trainer prepare" in caught.value.hint
     assert TokenizedRows([]).num_tokens == 0
+
+
+@pytest.mark.parametrize("template", ["wizardlm", "tokenizer"])
+def test_a_row_that_cannot_be_rendered_is_named(template):
+    class Strict(Characters):
+        chat_template = "{{ messages }}"
+
+        def apply_chat_template(self, messages, **_options):
+            if messages[0]["role"] != "user":
+                raise ValueError("roles must alternate")
+            return [3, 4]
+
+    rows = [_row("A?", "aa"), [{"role": "nobody"}]]
+    with pytest.raises(TrainerError, match="line 2 of the prepared rows cannot be rendered") as caught:
+        tokens.tokenize(rows, template, Strict(), 100)
+    assert caught.value.exit_code == ExitCode.DATA

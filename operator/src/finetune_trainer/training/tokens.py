@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import array
 import bisect
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -17,7 +18,7 @@ from typing import Any
 
 from finetune_contract.reports import ExitCode, Reason
 from finetune_trainer.data.prompts import TOKENIZER_TEMPLATE, Message, build_segments, encode_example
-from finetune_trainer.errors import TrainerError
+from finetune_trainer.errors import TrainerError, first_line
 
 IGNORED = -100
 """Label of a token on which no loss is taken."""
@@ -104,13 +105,15 @@ def read_conversations(path: pathlib.Path) -> Iterator[Sequence[Message]]:
 def tokenize(
     conversations: Iterable[Sequence[Message]], template: str, tokenizer: Any, max_length: int
 ) -> TokenizedRows:
-    """Render and tokenize conversations; the loss is taken on answers only."""
+    """Render and tokenize conversations; the loss is taken on answers only. Raises TrainerError that names the row."""
     rows: list[TokenRow] = []
-    num_truncated = num_dropped = 0
+    num_truncated = num_dropped = num_read = 0
     for chunk in _chunks(conversations):
-        batch = _BatchTokenizer(tokenizer, _list_texts(chunk, template))
+        batch = _BatchTokenizer(tokenizer, _list_texts(chunk, template, num_read))
         for messages in chunk:
-            encoded = encode_example(messages, template, batch)
+            num_read += 1
+            with _naming_line(num_read):
+                encoded = encode_example(messages, template, batch)
             ids, mask = encoded.input_ids[:max_length], encoded.answer_mask[:max_length]
             # The first token is predicted from nothing, so it never counts as an answer.
             if not any(mask[1:]):
@@ -129,12 +132,29 @@ def _chunks(conversations: Iterable[Sequence[Message]]) -> Iterator[list[Sequenc
         yield chunk
 
 
-def _list_texts(chunk: list[Sequence[Message]], template: str) -> Iterator[str]:
+def _list_texts(chunk: list[Sequence[Message]], template: str, num_before: int) -> Iterator[str]:
     if template == TOKENIZER_TEMPLATE:
         return
-    for messages in chunk:
-        for segment in build_segments(messages, template):
-            yield segment.text
+    for number, messages in enumerate(chunk, start=num_before + 1):
+        with _naming_line(number):
+            texts = [segment.text for segment in build_segments(messages, template)]
+        yield from texts
+
+
+@contextlib.contextmanager
+def _naming_line(number: int) -> Iterator[None]:
+    """Turn whatever a row causes in a template or tokenizer into an error that says which row it was."""
+    try:
+        yield
+    except TrainerError:
+        raise
+    except Exception as error:
+        raise TrainerError(
+            Reason.DATASET_INVALID,
+            ExitCode.DATA,
+            f"line {number} of the prepared rows cannot be rendered: {type(error).__name__}: {first_line(error)}",
+            "Mend or remove that row of the data set, or choose another spec.dataset.promptTemplate.",
+        ) from error
 
 
 def pack(tokenized: TokenizedRows, max_length: int) -> TokenizedRows:
