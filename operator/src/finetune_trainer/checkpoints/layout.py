@@ -21,6 +21,8 @@ QUARANTINE = "quarantine"
 """Where incomplete and damaged checkpoints wait until a newer one has been verified."""
 CONVERTED = "universal"
 """Where a checkpoint is put together anew for another number of ranks, until the next one is committed."""
+CONVERSION_MARKER = "conversion.json"
+"""Written last: a conversion without it was cut short, and is made again."""
 
 _NAME = re.compile(rf"^{PREFIX}(\d+)$")
 _QUARANTINED = re.compile(rf"^{PREFIX}(\d+)\.(\d+)$")

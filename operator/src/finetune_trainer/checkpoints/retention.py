@@ -11,9 +11,12 @@ import contextlib
 import dataclasses
 import os
 import pathlib
+import shutil
 from collections.abc import Callable, Collection, Iterable, Sequence
 
 from finetune_trainer.checkpoints.layout import (
+    CONVERSION_MARKER,
+    CONVERTED,
     DELETING,
     MANIFEST,
     Folder,
@@ -165,3 +168,11 @@ def _delete_folders(folders: Iterable[Folder], fence: Callable[[], None]) -> lis
         if not delete_checkpoint(folder.path):
             failed.append(folder)
     return failed
+
+
+def delete_conversion(root: pathlib.Path) -> None:
+    """Delete the checkpoint that was put together anew for other ranks, if there is one: it has been loaded."""
+    # The marker goes first: what a deletion cut short leaves behind is not taken for a conversion.
+    for marker in (root / CONVERTED).glob(f"*/{CONVERSION_MARKER}"):
+        marker.unlink(missing_ok=True)
+    shutil.rmtree(root / CONVERTED, ignore_errors=True)

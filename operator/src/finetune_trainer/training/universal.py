@@ -22,13 +22,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from finetune_trainer.checkpoints import disk
-from finetune_trainer.checkpoints.layout import CONVERTED
+from finetune_trainer.checkpoints.layout import CONVERSION_MARKER, CONVERTED
 from finetune_trainer.checkpoints.manifest import Manifest, sync_folder
+from finetune_trainer.checkpoints.retention import delete_conversion
 from finetune_trainer.distributed import ControlGroup
 from finetune_trainer.reporting import emit, write_json
 
-MARKER = "conversion.json"
-"""Written last: a conversion without it was cut short, and is made again."""
 CARRIED = ("trainer_state.json", "scheduler.pt", "scaler.pt", "rng_state")
 """Files beside the shards that a resuming Trainer reads, by how their names begin."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -84,21 +83,13 @@ def convert(checkpoint: pathlib.Path, manifest: Manifest, group: ControlGroup) -
     return folder
 
 
-def discard(root: pathlib.Path) -> None:
-    """Remove the conversion below `root`, if there is one: it has been loaded, and a newer checkpoint is there."""
-    # The marker goes first: what a deletion cut short leaves behind is not taken for a conversion.
-    for marker in (root / CONVERTED).glob(f"*/{MARKER}"):
-        marker.unlink(missing_ok=True)
-    shutil.rmtree(root / CONVERTED, ignore_errors=True)
-
-
 def _prepare_once(folder: pathlib.Path, manifest: Manifest) -> bool:
     """Return whether a whole conversion of this checkpoint is there; if not, make room for one."""
     if _read_marker(folder) == _identify(manifest):
         emit("checkpoint was converted before", checkpoint=folder.name)
         return True
     root = folder.parent.parent
-    discard(root)
+    delete_conversion(root)
     needed = sum(entry.size for name, entry in manifest.files.items() if name.endswith("optim_states.pt"))
     disk.require_room(root, needed, f"converting {folder.name} for other ranks")
     folder.mkdir(parents=True)
@@ -107,7 +98,7 @@ def _prepare_once(folder: pathlib.Path, manifest: Manifest) -> bool:
 
 def _read_marker(folder: pathlib.Path) -> Any:
     try:
-        return json.loads((folder / MARKER).read_text())
+        return json.loads((folder / CONVERSION_MARKER).read_text())
     except (OSError, ValueError):
         return None
 
@@ -215,7 +206,7 @@ def _finish_once(checkpoint: pathlib.Path, folder: pathlib.Path, manifest: Manif
     (folder / "latest_universal").write_text(target.name)
     for each in (target / "zero", target, folder):
         sync_folder(each)
-    write_json(folder / MARKER, _identify(manifest))
+    write_json(folder / CONVERSION_MARKER, _identify(manifest))
     emit("checkpoint converted", checkpoint=checkpoint.name, saved_by=manifest.world_size)
 
 
