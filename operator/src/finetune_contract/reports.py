@@ -118,7 +118,8 @@ class ExitReport:
     train: step, total_steps, loss, resumed_from_step (or null), checkpoints (steps kept), latest_complete,
         best (or null), checkpoint_bytes and committed_at (RFC 3339) of the newest, save_seconds and step_seconds
         (0: none was measured), stall_seconds (of the newest save), in_pod_restarts, steps_lost and productive_seconds
-        (as the metrics of these names; a failed training reports them, too, with the last step done).
+        (as the metrics of these names; a failed training reports them, too, with the last step done), mirrored (newest
+        step on the mirror, or null; absent without a mirror).
     promote: digest, path, checkpoint_step, parameters, bytes.
     evaluate: scores (task -> metric -> number), baseline (same shape). Held-out rows are the task `holdout` with the
         metrics loss (nats per answer token), perplexity, and unigram_entropy (nats per answer token, of the answers).
@@ -187,6 +188,10 @@ class Metric(enum.StrEnum):
     """When the newest complete checkpoint was committed, in seconds since 1970."""
     CHECKPOINT_BYTES = "checkpoint_bytes"
     CHECKPOINT_SECONDS = "checkpoint_seconds"
+    MIRRORED_CHECKPOINT = "mirrored_checkpoint_step"
+    """Newest complete checkpoint on the mirror."""
+    MIRRORED_BYTES = "mirrored_bytes"
+    MIRROR_FAILURES = "mirror_failures"
     """How long training stood still for the newest save."""
     SAVE_SECONDS = "save_seconds"
     """From the start of the newest save until it was committed."""

@@ -114,6 +114,14 @@ class TrainingConfig:
     """Names of trackers: wandb, mlflow."""
 
 
+IDENTITY_TRAINING = (
+    *("recipe", "method", "epochs", "max_steps", "max_length", "learning_rate", "warmup_steps", "scheduler"),
+    *("precision", "packing", "seed", "lora_rank", "lora_alpha", "lora_target_modules"),
+)
+"""Fields of TrainingConfig that decide what the model becomes: fixed for the life of a job, and part of what tells
+one run's checkpoints from another's."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Topology:
     """The processes of an attempt."""

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from finetune_contract.reports import Phase
-from finetune_contract.run_config import RunConfig, RunConfigError, ServingConfig, Source
+from finetune_contract.run_config import IDENTITY_TRAINING, RunConfig, RunConfigError, ServingConfig, Source
 
 from . import naming
 from .api.v1alpha1 import FailureRule, FineTuneJob, FineTuneJobSpec, Gate
@@ -28,11 +28,6 @@ from .sizing import to_number
 FROZEN_VERSION = 1
 FROZEN_KEY = "plan.json"
 """Key in the data of ConfigMap `<job>-plan`."""
-FROZEN_TRAINING = (
-    *("recipe", "method", "epochs", "max_steps", "max_length", "learning_rate", "warmup_steps", "scheduler"),
-    *("precision", "packing", "seed", "lora_rank", "lora_alpha", "lora_target_modules", "logging_steps"),
-)
-"""Training settings that decide what the model becomes."""
 UNDIGESTED = ("suspend", "ttlSecondsAfterFinished", "inference")
 """Fields of the spec whose change does not take a failed job up again."""
 
@@ -218,7 +213,7 @@ def _read_frozen(text: str) -> dict[str, Any]:
 
 
 def _keep_identity(run: RunConfig, frozen: RunConfig) -> RunConfig:
-    kept = {name: getattr(frozen.training, name) for name in FROZEN_TRAINING}
+    kept = {name: getattr(frozen.training, name) for name in (*IDENTITY_TRAINING, "logging_steps")}
     training = dataclasses.replace(run.training, **kept)
     dataset = dataclasses.replace(
         frozen.dataset, sources=tuple(_renew_secret(old, run.dataset.sources) for old in frozen.dataset.sources)

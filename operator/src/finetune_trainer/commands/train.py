@@ -7,6 +7,7 @@ import functools
 import os
 import pathlib
 import sys
+from typing import TYPE_CHECKING
 
 from finetune_contract import environment
 from finetune_contract.reports import ExitCode, ExitReport, Phase, Reason
@@ -16,6 +17,12 @@ from finetune_trainer.commands import plain
 from finetune_trainer.commands.common import apply_workspace_lock
 from finetune_trainer.errors import TrainerError
 from finetune_trainer.reporting import write_exit_report
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from finetune_trainer.training.inputs import Inputs
+    from finetune_trainer.training.supervisor import Outcome
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,12 +52,13 @@ def run(args: argparse.Namespace) -> int:
     deadline = ProgressDeadline(settings.progress_deadline_seconds, stacks)
     try:
         work = functools.partial(run_rank, inputs, attempt, ledger)
-        outcome = run_ranks(work, inputs.run.topology, inputs.run.training, deadline)
+        launch = functools.partial(run_ranks, work, inputs.run.topology, inputs.run.training, deadline)
+        outcome, mirrored = _train(inputs, attempt, node, launch)
     except TrainerError as error:
         error.details.update(ledger.to_details())
         raise
     has_stopped = outcome.exit_code == ExitCode.SUSPENDED
-    results = {**ledger.to_details(), **outcome.results, "in_pod_restarts": outcome.num_restarts}
+    results = {**ledger.to_details(), **outcome.results, **mirrored, "in_pod_restarts": outcome.num_restarts}
     step, total = results.get("step", 0), results.get("total_steps", 0)
     message = f"stopped on request at step {step} of {total}" if has_stopped else f"trained {step} steps"
     saved = results.get("latest_complete")
@@ -61,6 +69,19 @@ def run(args: argparse.Namespace) -> int:
     # Results live with rank 0; the other nodes' pods only say that they ended.
     write_exit_report(report, workspace if node == 0 else None)
     return outcome.exit_code
+
+
+def _train(
+    inputs: Inputs, attempt: int, node: int, launch: Callable[[], Outcome]
+) -> tuple[Outcome, dict[str, int | None]]:
+    """Run the ranks, beside the mirror process where the job has a mirror and this is the pod with index 0."""
+    if node or not inputs.run.checkpoint.mirror.destination:
+        return launch(), {}
+    from finetune_trainer.training.mirroring import finish_mirror, mirroring
+
+    with mirroring(inputs.run, inputs.identity, attempt) as process:
+        outcome = launch()
+        return outcome, finish_mirror(process, inputs.run, outcome.exit_code == ExitCode.SUSPENDED)
 
 
 def _read_attempt(workspace: Workspace) -> int:

@@ -16,6 +16,7 @@ from finetune_contract import environment
 from finetune_contract.reports import ExitCode, Metric, Reason
 from finetune_contract.run_config import RunConfig
 from finetune_contract.workspace import Workspace
+from finetune_trainer.checkpoints.mirror_state import read_mirror_state
 from finetune_trainer.distributed import read_in_pod_restarts
 from finetune_trainer.errors import TrainerError
 from finetune_trainer.reporting import ProgressReporter, emit, now_text
@@ -92,7 +93,9 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
         self._tokens_per_step = tokens_per_step
         self._ledger = ledger
         self._reporter = ProgressReporter()
-        reports = Workspace(pathlib.Path(run.workspace)).reports
+        self._workspace = Workspace(pathlib.Path(run.workspace))
+        self._is_mirrored = bool(run.checkpoint.mirror.destination)
+        reports = self._workspace.reports
         reports.mkdir(parents=True, exist_ok=True)
         self._file = (reports / "metrics.jsonl").open("a", encoding="utf-8")
         self._gauges = _serve_gauges()
@@ -154,6 +157,8 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
             Metric.TOKENS_PER_SECOND: rate,
             Metric.EPOCH: state.epoch or 0.0,
         }
+        mirror = read_mirror_state(self._workspace) if self._is_mirrored else None
+        metrics |= mirror.to_metrics() if mirror is not None else {}
         self._write(state, metrics)
         self._post(state, metrics)
         emit("step", step=state.global_step, of=state.max_steps, loss=logs["loss"], tokens_per_second=round(rate))
@@ -240,6 +245,9 @@ _HELP = {
     Metric.CHECKPOINT_BYTES: "Size of the newest complete checkpoint",
     Metric.CHECKPOINT_SECONDS: "Time training stood still for the newest save",
     Metric.SAVE_SECONDS: "Time from the start of the newest save until it was committed",
+    Metric.MIRRORED_CHECKPOINT: "Step of the newest complete checkpoint on the mirror",
+    Metric.MIRRORED_BYTES: "Bytes sent to the mirror in this attempt",
+    Metric.MIRROR_FAILURES: "Tries to send to the mirror that failed in this attempt",
     Metric.PRODUCTIVE_SECONDS: "Time in the optimizer steps that led to the present weights, over all attempts",
     Metric.STEPS_LOST: "Optimizer steps of this attempt that restarts inside its pod threw away",
 }

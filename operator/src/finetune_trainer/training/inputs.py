@@ -6,11 +6,13 @@ import dataclasses
 import json
 import logging
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 from finetune_contract.reports import ExitCode, Reason
 from finetune_contract.run_config import RunConfig
 from finetune_contract.workspace import Workspace
+from finetune_trainer.checkpoints.identity import identify_run
 from finetune_trainer.errors import TrainerError
 from finetune_trainer.reporting import emit, emit_warning
 from finetune_trainer.training import modeling, packing, tokens
@@ -31,6 +33,8 @@ class Inputs:
     holdout: tokens.TokenizedRows
     """Empty unless checkpoints are ranked by a metric."""
     is_packed: bool
+    identity: Mapping[str, str]
+    """What decides what the model becomes (`identity.identify_run`)."""
 
 
 def find_dataset(run: RunConfig) -> pathlib.Path:
@@ -93,7 +97,8 @@ def read_inputs(run: RunConfig) -> Inputs:
     if run.checkpoint.keep_best > 0:
         holdout = _tokenize(folder / "holdout.jsonl", run, tokenizer, max_length)
     emit("rows tokenized", examples=num_examples, rows=len(train.rows), tokens=train.num_tokens, packed=is_packed)
-    return Inputs(run, base_model, tokenizer, train, holdout, is_packed)
+    identity = identify_run(run, base_model, folder)
+    return Inputs(run, base_model, tokenizer, train, holdout, is_packed, identity)
 
 
 def _tokenize(path: pathlib.Path, run: RunConfig, tokenizer: Any, max_length: int) -> tokens.TokenizedRows:
