@@ -17,7 +17,7 @@ from .common import Container, build_job, build_pod_spec
 from .run_config import build_run_config, build_run_config_map
 
 RETRIES = 5
-"""Five tries after the first, 10 s to 160 s apart: about five minutes for a service to come back."""
+"""Tries after the first, 10 s to 160 s apart, after a failure that may pass. Waiting for a service does not count."""
 NOT_RETRIED = (
     ExitCode.USAGE,
     ExitCode.DATA,
@@ -55,6 +55,8 @@ def _retry_spec() -> dict[str, Any]:
         "podFailurePolicy": {
             "rules": [
                 {"action": "FailJob", "onExitCodes": final},
+                # A storage that is away is waited for, at most ten minutes between two tries, however long it takes.
+                {"action": "Ignore", "onExitCodes": {**final, "values": [int(ExitCode.UNAVAILABLE)]}},
                 {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
             ]
         },
