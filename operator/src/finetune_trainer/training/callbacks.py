@@ -141,6 +141,7 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
         is_first = self._first is None
         if is_first:
             self._first = (state.global_step, now)
+            emit("first step done", step=state.global_step, seconds=round(seconds, 2))
         self._post(state, {}, urgent=is_first)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
