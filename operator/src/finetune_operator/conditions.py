@@ -49,6 +49,7 @@ class Reason(enum.StrEnum):
     CLAIM_PENDING = "ClaimPending"
     CLAIM_LOST = "ClaimLost"
     WORKSPACE_LOST = "WorkspaceLost"
+    INPUTS_CHANGED = "InputsChanged"
     CLAIM_TERMINATING = "ClaimTerminating"
     ACCESS_MODE_UNSUITABLE = "AccessModeUnsuitable"
     STORAGE_CLASS_NOT_FOUND = "StorageClassNotFound"

@@ -25,6 +25,7 @@ from .policies.cleanup import list_finished_children, list_surplus_workspace, ne
 from .policies.promotion import find_failed_gate
 from .policies.storage import find_storage_problem, needs_growth, resolve_size
 from .record import Record, Terminal, to_time
+from .recovery import next_recovery_step
 from .steps import Apply, Create, Finish, Reference, Remove, Situation, Step, Wait, WriteRecord
 from .view import View, write_failure
 
@@ -92,12 +93,9 @@ def _next_for_storage(view: View) -> Step | None:
     plan, observed, record = view.plan, view.observed, view.record
     claim, inspected = observed.claim, record.details(Phase.INSPECT)
     pending = Situation("Pending", Reason.CLAIM_PENDING, f"making the workspace {plan.workspace.claim}")
-    if record.claim_uid and (claim is None or claim.uid != record.claim_uid):
-        message = (
-            f"PersistentVolumeClaim {plan.workspace.claim}, which held the data and checkpoints of this job, is gone: "
-            "delete the job and apply it again"
-        )
-        return write_failure(view, _phase_now(view), Reason.WORKSPACE_LOST, message)
+    recovery = next_recovery_step(view, _phase_now(view))
+    if recovery is not None:
+        return recovery
     if claim is not None and claim.is_deleting:
         message = f"PersistentVolumeClaim {claim.name} is being deleted"
         return Wait(dataclasses.replace(pending, reason=Reason.CLAIM_TERMINATING, message=message))

@@ -23,6 +23,9 @@ def select_events(old: Previous, new: Previous) -> list[tuple[str, str, str]]:
         elif each.type == Type.SCHEDULED and each.status == "False":
             events.append(("Warning", each.reason, each.message))
     events += _select_attempt_events(old, new)
+    lost = new.last_failure
+    if lost is not None and lost.reason == Reason.WORKSPACE_LOST and lost != old.last_failure:
+        events.append(("Warning", lost.reason, lost.message))
     if new.state == "Suspended" and old.state != "Suspended":
         events.append(("Normal", "Suspended", "the job is suspended"))
     return events

@@ -6,6 +6,7 @@ Called by `lifecycle` in order; each returns the next step, or None when the pha
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from finetune_contract.reports import Phase
@@ -89,9 +90,36 @@ def _record_success(view: View, phase: Phase, job: Job) -> Step:
             "image of this operator's release; remove pod.image"
         )
         return write_failure(view, phase, Reason.REPORT_MISSING, message)
+    if phase is Phase.PREPARE and _is_older_than_claim(view, job):
+        return Remove((_refer(job),), RUNNING[phase])
+    change = _find_change(view.record, report.details) if phase is Phase.PREPARE else ""
+    if change:
+        return write_failure(view, phase, Reason.INPUTS_CHANGED, change)
     record = _with_results(view, phase, dict(report.details))
     seconds = record.active_seconds + view.ended_seconds(job)
     return WriteRecord(dataclasses.replace(record, active_seconds=seconds), RUNNING[phase])
+
+
+def _is_older_than_claim(view: View, job: Job) -> bool:
+    """Was the claim lost and made again after the Job began, so that what it prepared is gone?"""
+    claim = view.observed.claim
+    if claim is None or claim.created_at is None or job.created_at is None:
+        return False
+    return claim.created_at > job.created_at
+
+
+def _find_change(record: Record, prepared: Mapping[str, Any]) -> str:
+    """Return how data or model differ from what the checkpoints on the mirror were made with; empty: not at all."""
+    for name, wanted in record.expected_digests.items():
+        found = prepared.get(name)
+        if found != wanted:
+            what = name.removesuffix("_digest")
+            return (
+                f"{what}: prepared anew after the workspace was lost, its digest is {found}; the checkpoints on the "
+                f"mirror were made with {wanted}: bring the source back to what it was, then delete the job and apply "
+                "it again to resume from the mirror; with the source as it is now it trains anew"
+            )
+    return ""
 
 
 def _with_results(view: View, phase: Phase, details: dict[str, Any]) -> Record:

@@ -125,6 +125,8 @@ class Record:
     """Capacity in bytes at which the workspace was full; 0: it is not."""
     claim_uid: str = ""
     """UID of the workspace's claim once data lies on it: another claim of that name is an empty one."""
+    expected_digests: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Digests of data and model that were on a workspace since lost: prepared anew, they must be the same."""
     excluded_nodes: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Node to reason."""
     last_failure: Failure | None = None

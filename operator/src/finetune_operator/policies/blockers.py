@@ -114,8 +114,8 @@ def find_claim_blocker(plan: Plan, claim: Claim, is_class_missing: bool, warning
     if claim.phase == "Lost":
         return Blocker(
             Reason.CLAIM_LOST,
-            f"PersistentVolumeClaim {claim.name} has lost its volume: bring the volume back, or delete the claim and "
-            "apply the job again",
+            f"PersistentVolumeClaim {claim.name} has lost its volume: bring the volume back, or delete the claim "
+            + ("to have the job resume from its mirror" if plan.run.checkpoint.mirror.destination else "and the job"),
         )
     name = plan.workspace.storage_class or claim.storage_class
     if is_class_missing and not plan.workspace.is_existing:
