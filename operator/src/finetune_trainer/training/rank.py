@@ -18,6 +18,7 @@ from finetune_contract.checkpoint_sizes import estimate_checkpoint_bytes
 from finetune_contract.reports import ExitCode
 from finetune_contract.run_config import LONGEST_PAUSE_SECONDS
 from finetune_contract.workspace import Workspace
+from finetune_trainer.checkpoints.identity import RUN
 from finetune_trainer.distributed import ControlGroup, read_rank
 from finetune_trainer.training.inputs import Inputs
 from finetune_trainer.training.ledger import WorkLedger
@@ -40,7 +41,7 @@ def run_rank(inputs: Inputs, attempt: int, ledger: WorkLedger) -> tuple[int, dic
     _quieten()
     join_ranks(run.topology.gpus_per_node > 0)
     group = ControlGroup()
-    keeper = CheckpointKeeper(run, group, attempt)
+    keeper = CheckpointKeeper(run, group, attempt, {RUN: dict(inputs.identity)})
     found = keeper.start()
     keeper.run = run = keep_rows(run, found, group.size)
     inputs = dataclasses.replace(inputs, run=run)
