@@ -1,5 +1,6 @@
 """A promoted model is whole, has the name of its content, and says where it comes from."""
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -17,7 +18,8 @@ from tests.support.training_runs import SMALL, Run
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, models, data):
     """A workspace with checkpoints 2 and 4, not to be changed."""
-    run = Run(tmp_path_factory.mktemp("trained"), models["llama"], data, (*SMALL, "checkpoint.every_steps=2"))
+    settings = (*SMALL, "checkpoint.every_steps=2", "training.zero_stage=2")
+    run = Run(tmp_path_factory.mktemp("trained"), models["llama"], data, settings)
     run.train("training.max_steps=4")
     return run
 
@@ -34,22 +36,68 @@ def _promote(run, *settings):
     return run.workspace.promoted_model(run.report("promote")["details"]["digest"])
 
 
+@contextlib.contextmanager
+def _noting_weights(path):
+    """Have rank 0 write the weights that the model itself has at the end of training."""
+    from finetune_trainer.training.trainer import ContractTrainer
+
+    def note_and_commit(trainer):
+        engine = trainer.model_wrapped
+        is_partitioned = engine.zero_optimization_stage() == 3
+        whole = engine._zero3_consolidated_16bit_state_dict() if is_partitioned else engine.module.state_dict()
+        if trainer.args.should_save:
+            _save(whole, path)
+        commit(trainer)
+
+    commit = ContractTrainer.commit_last
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ContractTrainer, "commit_last", note_and_commit)
+        yield
+
+
+def _save(tensors, path):
+    from safetensors.torch import save_file
+
+    save_file({name: tensor.detach().clone() for name, tensor in tensors.items()}, path)
+
+
 def _rewrite(run, step, change):
     """Change the weights of a checkpoint and commit it again, as a faulty save would have."""
-    from safetensors.torch import load_file, save_file
+    import torch
 
     folder = run.workspace.checkpoints / checkpoint_name(step)
     manifest = read_manifest(folder)
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    path = folder / f"global_step{step}" / "mp_rank_00_model_states.pt"
+    state = torch.load(path, weights_only=False)
+    change(state["module"])
+    torch.save(state, path)
     (folder / MANIFEST).unlink()
     write_manifest(folder, dataclasses.replace(manifest, files=seal_files(folder, list_files(folder))))
 
 
-def test_the_last_checkpoint_is_promoted_under_the_digest_of_its_content(run):
+@pytest.mark.parametrize(
+    ("family", "stage", "precision"),
+    [("llama", 1, "bf16"), ("llama", 2, "bf16"), ("llama", 3, "bf16"), ("mpt", 3, "bf16"), ("mpt", 2, "fp32")],
+)
+def test_the_promoted_weights_are_those_of_the_model_to_the_bit(make_run, tmp_path, family, stage, precision):
     from safetensors.torch import load_file
 
+    run = make_run(family, "workspace", f"training.zero_stage={stage}", f"training.precision={precision}")
+    with _noting_weights(tmp_path / "own.safetensors"):
+        run.train("training.max_steps=3")
+
+    folder = _promote(run)
+
+    own, served = load_file(tmp_path / "own.safetensors"), load_file(folder / "model.safetensors")
+    assert not list((run.workspace.checkpoints / "checkpoint-3").glob("*.safetensors"))
+    assert served.keys() <= own.keys()
+    assert all(served[name].equal(own[name].to(served[name].dtype)) for name in served)
+    # Tied weights are in the file once.
+    assert all(own[name].equal(own["transformer.wte.weight"]) for name in own.keys() - served.keys())
+    assert served.keys() <= run.manifests()[3].weights.keys()
+
+
+def test_the_last_checkpoint_is_promoted_under_the_digest_of_its_content(run):
     folder = _promote(run)
     report = run.report("promote")
 
@@ -59,11 +107,8 @@ def test_the_last_checkpoint_is_promoted_under_the_digest_of_its_content(run):
         == report["details"]["digest"]
         == promoted.make_digest(seal_files(folder, promoted.list_content(folder)))
     )
-    saved = load_file(run.workspace.checkpoints / "checkpoint-4" / "model.safetensors")
-    served = load_file(folder / "model.safetensors")
-    assert served.keys() == saved.keys()
-    assert all(served[name].equal(tensor) for name, tensor in saved.items())
-    assert report["details"]["parameters"] == sum(tensor.numel() for tensor in saved.values())
+    weights = run.manifests()[4].weights
+    assert report["details"]["parameters"] == sum(weight.count for weight in weights.values())
 
 
 def test_the_folder_answers_greedily_and_says_where_it_comes_from(run):
@@ -119,7 +164,12 @@ def _spoil(tensors):
 
 @pytest.mark.parametrize(
     ("change", "said"),
-    [(_empty, "model.norm.weight"), (_cut, "lm_head.weight"), (_drop, "missing"), (_spoil, "not finite")],
+    [
+        (_empty, "model.norm.weight"),
+        (_cut, "lm_head.weight"),
+        (_drop, "up_proj.weight the shape None"),
+        (_spoil, "not finite"),
+    ],
 )
 def test_weights_that_are_not_whole_are_never_published(run, change, said):
     _rewrite(run, 4, change)
@@ -145,15 +195,15 @@ def test_a_model_equal_to_its_base_is_never_published(run, models):
 
 
 def test_a_checkpoint_with_a_flipped_bit_is_not_promoted(run):
-    path = run.workspace.checkpoints / "checkpoint-4" / "model.safetensors"
+    path = run.workspace.checkpoints / "checkpoint-4" / "global_step4" / "mp_rank_00_model_states.pt"
     content = bytearray(path.read_bytes())
-    content[-7] ^= 4
+    content[len(content) // 2] ^= 4
     path.write_bytes(content)
 
     assert run.call("promote") == ExitCode.INTERNAL
     report = run.report("promote")
     assert report["reason"] == Reason.CHECKPOINT_INVALID
-    assert "checkpoint-4 is damaged: model.safetensors" in report["message"]
+    assert "checkpoint-4 is damaged: global_step4/mp_rank_00_model_states.pt" in report["message"]
 
 
 def test_a_damaged_promoted_folder_is_refused_by_name(run):

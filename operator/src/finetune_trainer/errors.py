@@ -47,6 +47,10 @@ class TrainerError(Exception):
         self.rank = -1
         """Rank that failed first; set by the supervisor of the ranks."""
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let it travel between processes whole."""
+        return type(self), (self.reason, self.exit_code, self.message, self.hint, self.details)
+
 
 class StopRequested(BaseException):
     """SIGTERM arrived. Not an `Exception`, so that no library's broad handler swallows it."""

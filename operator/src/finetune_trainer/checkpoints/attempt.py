@@ -6,6 +6,7 @@ and looks again before each commit and each deletion.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 
@@ -39,3 +40,15 @@ def require_newest(attempt_file: pathlib.Path, attempt: int) -> None:
             f"attempt {newest} owns this workspace; attempt {attempt} stops without writing",
             "Nothing to do: the newer attempt goes on.",
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Fence:
+    """What an attempt looks at before each commit and each deletion."""
+
+    attempt_file: pathlib.Path
+    attempt: int
+
+    def require_newest(self) -> None:
+        """Raise TrainerError (Fenced) when a newer attempt owns the workspace."""
+        require_newest(self.attempt_file, self.attempt)

@@ -1,6 +1,6 @@
 """Room for the next checkpoint, checked before it is written: a full disk must never surprise a save.
 
-Called by rank 0. Sizes come from the last committed checkpoint, or from the number of parameters before there is one.
+Called by rank 0 with the size that the ranks have counted, and by the writers when a write fails all the same.
 """
 
 from __future__ import annotations
@@ -11,13 +11,10 @@ import shutil
 from finetune_contract.reports import ExitCode, Reason
 from finetune_trainer.checkpoints.layout import list_folders
 from finetune_trainer.checkpoints.manifest import ManifestError, read_manifest
-from finetune_trainer.errors import TrainerError
+from finetune_trainer.errors import TrainerError, is_disk_full
 
 SLACK = 1.02
-"""Share of its size by which a checkpoint may exceed the last one."""
-
-FULL_BYTES = 1 << 20
-"""A volume with less than this left counts as full when a save has failed."""
+"""What a checkpoint takes on the volume beyond the bytes of its files: blocks, folders, the manifest."""
 
 
 def read_last_bytes(root: pathlib.Path) -> int:
@@ -35,15 +32,15 @@ def read_free_bytes(root: pathlib.Path) -> int:
     return shutil.disk_usage(root).free
 
 
-def require_room(root: pathlib.Path, needed_bytes: int) -> None:
-    """Raise TrainerError (StorageFull) with both numbers when the next checkpoint does not fit."""
+def require_room(root: pathlib.Path, needed_bytes: int, what: str = "the next checkpoint") -> None:
+    """Raise TrainerError (StorageFull) with both numbers when what is about to be written does not fit."""
     free = read_free_bytes(root)
     if free >= needed_bytes * SLACK:
         return
     raise TrainerError(
         Reason.STORAGE_FULL,
         ExitCode.STORAGE_FULL,
-        f"the next checkpoint needs {format_bytes(needed_bytes)}, the workspace has {format_bytes(free)} free; "
+        f"{what} needs {format_bytes(needed_bytes)}, the workspace has {format_bytes(free)} free; "
         "the checkpoints before it are whole",
         "Raise spec.workspace.size, or lower spec.checkpoint.retention.latest.",
         {"needed_bytes": needed_bytes, "free_bytes": free},
@@ -58,6 +55,18 @@ def build_full_error(when: str, free_bytes: int) -> TrainerError:
         f"the workspace filled up {when}: {format_bytes(free_bytes)} were left; the checkpoints before it are whole",
         "Raise spec.workspace.size, or lower spec.checkpoint.retention.latest.",
         {"free_bytes": free_bytes},
+    )
+
+
+def explain_write_error(error: OSError, folder: pathlib.Path) -> TrainerError:
+    """Return what a failed write into a checkpoint folder means, with the numbers where the volume is full."""
+    if is_disk_full(error):
+        return build_full_error(f"while {folder.name} was written", read_free_bytes(folder.parent))
+    return TrainerError(
+        Reason.RANK_FAILED,
+        ExitCode.UNAVAILABLE,
+        f"{folder.name} could not be written: {error}",
+        "Look at the volume of the workspace; the checkpoints before it are whole.",
     )
 
 

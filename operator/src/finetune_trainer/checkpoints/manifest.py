@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -39,6 +40,11 @@ class Weight:
     shape: tuple[int, ...]
     dtype: str
     """Name without `torch.`: bfloat16."""
+
+    @property
+    def count(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
 
 
 @dataclasses.dataclass(frozen=True)

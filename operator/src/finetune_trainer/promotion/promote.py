@@ -18,11 +18,12 @@ from finetune_contract.run_config import RunConfig
 from finetune_contract.workspace import Workspace
 from finetune_trainer.checkpoints import disk, retention
 from finetune_trainer.checkpoints.layout import Folder, checkpoint_name, list_folders
-from finetune_trainer.checkpoints.manifest import read_manifest, verify_checkpoint
+from finetune_trainer.checkpoints.manifest import Manifest, read_manifest, verify_checkpoint
 from finetune_trainer.checkpoints.resume import choose_resume, observe_checkpoints
 from finetune_trainer.data.prompts import begin_ids, build_chat_template
-from finetune_trainer.errors import TrainerError
+from finetune_trainer.errors import TrainerError, first_line
 from finetune_trainer.promotion import promoted
+from finetune_trainer.promotion.gather import load_gathered
 from finetune_trainer.promotion.provenance import build_provenance
 from finetune_trainer.reporting import emit, emit_warning, write_json
 from finetune_trainer.storage.publish import PROVENANCE
@@ -30,7 +31,6 @@ from finetune_trainer.training import modeling
 
 ADAPTER = "adapter"
 """Folder of the LoRA adapter beside the merged weights."""
-_WEIGHTS = "model.safetensors"
 _SHARD_BYTES = "4GB"
 
 
@@ -57,7 +57,7 @@ def promote(run: RunConfig) -> Promotion:
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir()
     try:
-        _write_weights(run, chosen, base, beside)
+        _write_weights(run, (chosen, manifest), base, beside)
         _write_companions(run, base, beside)
         num_parameters = _verify(run, base, beside)
         digest = promoted.write_manifest(beside)
@@ -109,14 +109,15 @@ def _count_weight_bytes(folder: pathlib.Path) -> int:
     return sum(path.stat().st_size for path in safe or folder.glob("*.bin"))
 
 
-def _write_weights(run: RunConfig, chosen: Folder, base: pathlib.Path, beside: pathlib.Path) -> None:
+def _write_weights(run: RunConfig, source: tuple[Folder, Manifest], base: pathlib.Path, beside: pathlib.Path) -> None:
     """Write whole 16-bit weights and the configuration into `beside`."""
+    chosen, manifest = source
     # A run in fp32 is promoted in bf16, like every other: half the memory to serve, the same range of values.
     dtype = "float16" if run.training.precision == "fp16" else "bfloat16"
     if run.training.method == "lora":
         model = _merge_adapter(chosen.path, base, beside, (dtype, run.trust_remote_code))
     else:
-        model = _load(chosen.path, dtype, run.trust_remote_code)
+        model = _gather(chosen.path, manifest, dtype, run.trust_remote_code)
     # The cache is off in training with gradient checkpointing; an answer without it takes many times longer.
     model.config.use_cache = True
     model.generation_config = _build_generation_config(model, modeling.load_tokenizer(base, run.trust_remote_code))
@@ -129,6 +130,16 @@ def _load(folder: pathlib.Path, dtype: str, trust_remote_code: bool) -> Any:
         return modeling.load_model(folder, dtype, trust_remote_code)
     except TrainerError as error:
         raise _invalid(error.message) from error
+
+
+def _gather(checkpoint: pathlib.Path, manifest: Manifest, dtype: str, trust_remote_code: bool) -> Any:
+    """Gather the weights of a full fine-tune; shards that do not add up to the model are no fault of the job."""
+    try:
+        return load_gathered(checkpoint, manifest, dtype, trust_remote_code)
+    except TrainerError as error:
+        raise _invalid(error.message) from error
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise _invalid(first_line(error)) from error
 
 
 def _merge_adapter(

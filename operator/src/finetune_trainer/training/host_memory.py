@@ -9,6 +9,9 @@ from __future__ import annotations
 import math
 import pathlib
 
+_BUFFER_SHARE = 0.8
+"""Share of the free memory that buffers for saves may take."""
+_LEAST_BUFFER_BYTES = 64 << 20
 _UNLIMITED = 1 << 60
 """Control groups of version 1 write a number like this for no limit."""
 
@@ -40,6 +43,19 @@ class HostMemory:
                 return int(text) if int(text) < _UNLIMITED else 0
         return 0
 
+    def read_available(self) -> int:
+        """Return how many bytes this container can still take, page cache given back."""
+        available = _read_free()
+        limit = self.read_limit()
+        if limit:
+            used = int((self._read("memory.current") or self._read("memory.usage_in_bytes")).strip() or 0)
+            for line in self._read("memory.stat").splitlines():
+                key, _, value = line.partition(" ")
+                # Shared memory counts as neither.
+                used -= int(value) if key in ("active_file", "inactive_file") else 0
+            available = min(available, limit - used)
+        return max(available, 0)
+
     def _read(self, name: str) -> str:
         for folder in self._folders:
             try:
@@ -63,6 +79,25 @@ def _list_folders(root: pathlib.Path, own: pathlib.Path) -> list[pathlib.Path]:
         elif "memory" in controllers.split(","):
             folders += [root / "memory" / path.lstrip("/"), root / "memory"]
     return folders
+
+
+def _read_free() -> int:
+    for line in pathlib.Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return 1024 * int(line.split()[1])
+    return 0
+
+
+def limit_buffer(wanted_bytes: int, current_bytes: int, num_processes: int) -> int:
+    """Return how large one of a pod's `num_processes` buffers may be: what it wants, or its share of what is free.
+
+    A buffer that holds less than a save makes training wait for a part of the writing; a pod that runs out of memory
+    is killed.
+    """
+    if wanted_bytes <= current_bytes:
+        return current_bytes
+    share = int(_BUFFER_SHARE * HostMemory().read_available()) // num_processes
+    return min(wanted_bytes, current_bytes + max(share, _LEAST_BUFFER_BYTES))
 
 
 def suggest_memory(limit_bytes: int) -> str:

@@ -16,7 +16,8 @@ from typing import Any
 from finetune_contract.reports import Reason
 from finetune_contract.run_config import RunConfig
 from finetune_contract.workspace import Workspace
-from finetune_trainer.checkpoints import attempt, layout, retention
+from finetune_trainer.checkpoints import layout, retention
+from finetune_trainer.checkpoints.attempt import Fence, claim_workspace
 from finetune_trainer.checkpoints.commit import CommitPlan, Receipt, Shelf
 from finetune_trainer.checkpoints.manifest import Manifest, read_manifest
 from finetune_trainer.checkpoints.writer import Commit, Seal, Writer
@@ -34,7 +35,7 @@ class CheckpointKeeper:
     run: RunConfig
     group: ControlGroup
     attempt: int
-    writer: Writer
+    writer: Writer = dataclasses.field(kw_only=True)
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Facts that go into every manifest."""
     resumed_from: int | None = None
@@ -62,7 +63,7 @@ class CheckpointKeeper:
 
     def start(self) -> pathlib.Path | None:
         """Claim the workspace and return the checkpoint to resume from; the same on every rank."""
-        self.group.decide(lambda: attempt.claim_workspace(self._fence().attempt_file, self.attempt))
+        self.group.decide(lambda: claim_workspace(self._fence().attempt_file, self.attempt))
         chosen = choose_checkpoint(self.root, self.run.checkpoint.resume, self.group)
         if chosen is None:
             return None
@@ -76,6 +77,10 @@ class CheckpointKeeper:
     def is_saved(self, step: int) -> bool:
         """Whether a step has been saved, or is being saved."""
         return step in (self.latest_complete, self._in_flight)
+
+    def reserve(self, num_bytes: int) -> None:
+        """Have this rank's buffer ready for a first save of about this size, while training starts."""
+        self.writer.reserve(limit_buffer(num_bytes, 0, self.run.topology.processes_per_node))
 
     def before_save(self) -> None:
         """Wait for the save before, and check the fence; raises the same TrainerError on every rank."""
@@ -94,7 +99,8 @@ class CheckpointKeeper:
         folder = self.root / layout.checkpoint_name(step)
         if self._buffer is None:
             self._buffer = Buffer(self.writer)
-        self._buffer.grow(limit_buffer(count_buffer_bytes(images), self.run.topology.processes_per_node))
+        wanted = count_buffer_bytes(images)
+        self._buffer.grow(limit_buffer(wanted, self.writer.buffer_bytes, self.run.topology.processes_per_node))
         copy_images(images, self._buffer, self.writer, (folder, self._fence()))
         self.writer.submit(Seal(folder, self.group.rank, self.attempt))
         if self.group.rank == 0:
@@ -110,9 +116,7 @@ class CheckpointKeeper:
         if self._in_flight is None:
             return
         self.writer.poll()
-        has_failed, is_unfinished = self.group.any(
-            [self.writer.failure is not None, self.writer.num_outstanding > 0]
-        )
+        has_failed, is_unfinished = self.group.any([self.writer.failure is not None, self.writer.num_outstanding > 0])
         if has_failed:
             self._give_up()
         if not is_unfinished:
@@ -175,5 +179,5 @@ class CheckpointKeeper:
         protected = () if self.resumed_from is None else (self.resumed_from,)
         return Shelf(self.root, self._fence(), limits, checkpoint.best_metric, protected)
 
-    def _fence(self) -> attempt.Fence:
-        return attempt.Fence(Workspace(pathlib.Path(self.run.workspace)).attempt_file, self.attempt)
+    def _fence(self) -> Fence:
+        return Fence(Workspace(pathlib.Path(self.run.workspace)).attempt_file, self.attempt)

@@ -93,6 +93,22 @@ def load_model(
     return model
 
 
+def build_empty_model(folder: pathlib.Path, dtype: str, trust_remote_code: bool = False) -> Any:
+    """Return the model that a folder's configuration describes, without memory for its weights."""
+    import torch
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    config = read_config(folder, trust_remote_code)
+    with _reading(folder, "the configuration"), init_empty_weights(include_buffers=False):
+        return AutoModelForCausalLM.from_config(
+            config,
+            dtype=getattr(torch, dtype),
+            trust_remote_code=trust_remote_code,
+            attn_implementation=choose_attention(config),
+        )
+
+
 def choose_attention(config: Any) -> str:
     """Return the attention code to use: the same in training, evaluation and generation."""
     # MPT has only its own attention with ALiBi.

@@ -14,11 +14,12 @@ import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from finetune_contract.checkpoint_sizes import estimate_checkpoint_bytes
+from finetune_contract.checkpoint_sizes import OPTIMIZER_BYTES, WEIGHT_BYTES
 from finetune_contract.reports import ExitCode
 from finetune_contract.run_config import LONGEST_PAUSE_SECONDS
 from finetune_contract.workspace import Workspace
 from finetune_trainer.checkpoints.identity import RUN
+from finetune_trainer.checkpoints.writer import Writer
 from finetune_trainer.distributed import ControlGroup, read_rank
 from finetune_trainer.training.inputs import Inputs
 from finetune_trainer.training.ledger import WorkLedger
@@ -35,13 +36,15 @@ def run_rank(inputs: Inputs, attempt: int, ledger: WorkLedger) -> tuple[int, dic
     from finetune_trainer.training.notice import StopFlag
     from finetune_trainer.training.resuming import fit_checkpoint, keep_rows
 
+    # Before there are threads, a process group or an accelerator: none of them survives in a forked process.
+    writer = Writer.start()
     run = inputs.run
     stop = StopFlag()
     stop.install()
     _quieten()
     join_ranks(run.topology.gpus_per_node > 0)
     group = ControlGroup()
-    keeper = CheckpointKeeper(run, group, attempt, {RUN: dict(inputs.identity)})
+    keeper = CheckpointKeeper(run, group, attempt, {RUN: dict(inputs.identity)}, writer=writer)
     found = keeper.start()
     keeper.run = run = keep_rows(run, found, group.size)
     inputs = dataclasses.replace(inputs, run=run)
@@ -103,7 +106,7 @@ def _build_trainer(inputs: Inputs, arguments: Any, keeper: Any) -> Any:
     from finetune_trainer.training.arguments import build_lora, torch_dtype
     from finetune_trainer.training.callbacks import FiniteLossCallback
     from finetune_trainer.training.collate import Collator
-    from finetune_trainer.training.trainer import ContractTrainer
+    from finetune_trainer.training.trainer import CommitCallback, ContractTrainer
 
     run = inputs.run
     set_seed(run.training.seed)
@@ -123,10 +126,11 @@ def _build_trainer(inputs: Inputs, arguments: Any, keeper: Any) -> Any:
         peft_config=build_lora(run.training),
     )
     trainer.keeper = keeper
-    keeper.first_estimate_bytes = _estimate_bytes(trainer, run)
+    keeper.reserve(_estimate_share(trainer, run, keeper.group))
     trainer.remove_callback(PrinterCallback)
     _remove_kubeflow(trainer)
     trainer.add_callback(FiniteLossCallback())
+    trainer.add_callback(CommitCallback(keeper))
     return trainer
 
 
@@ -188,14 +192,16 @@ def _close_trackers(tracking: Sequence[str]) -> None:
         mlflow.end_run()
 
 
-def _estimate_bytes(trainer: Any, run: Any) -> int:
+def _estimate_share(trainer: Any, run: Any, group: ControlGroup) -> int:
+    """Return the size of this rank's files of a checkpoint."""
     trained = saved = 0
     for parameter in trainer.model.parameters():
         # Under ZeRO-3 a rank holds a part of each tensor; DeepSpeed keeps the whole count beside it.
         count = getattr(parameter, "ds_numel", parameter.numel())
         saved += count if parameter.requires_grad or run.training.method == "full" else 0
         trained += count if parameter.requires_grad else 0
-    return estimate_checkpoint_bytes(trained, saved, run.training.zero_stage)
+    writes_weights = group.rank == 0 and run.training.zero_stage < 3
+    return OPTIMIZER_BYTES * trained // group.size + (WEIGHT_BYTES * saved if writes_weights else 0)
 
 
 def _results(keeper: Any, step: int, total_steps: int, loss: float | None) -> dict[str, Any]:
