@@ -12,7 +12,7 @@ import urllib.request
 import pytest
 
 from finetune_contract.reports import ExitCode, Metric, ProgressReport, Reason
-from finetune_trainer.training.keeper import CheckpointKeeper
+from finetune_trainer.checkpoints.commit import Shelf
 from tests.support.training_runs import kill_group
 from tests.support.waiting import eventually
 
@@ -152,7 +152,7 @@ def test_a_full_volume_ends_the_run_with_the_numbers_and_the_last_checkpoint_who
     report = run.report("train")
     assert code == ExitCode.STORAGE_FULL
     assert report["reason"] == Reason.STORAGE_FULL
-    assert "the next checkpoint needs 2." in report["message"]
+    assert "the next checkpoint needs 1." in report["message"]
     assert "spec.workspace.size" in report["hint"]
     assert list(run.manifests()) == [2]
 
@@ -166,16 +166,15 @@ def test_a_volume_that_fills_up_during_a_save_costs_that_save_only(make_run, sma
     run = make_run("llama", "unused", "checkpoint.every_steps=2", "checkpoint.keep_latest=1")
     run.root = small_volume
     run.train("training.max_steps=2")
-    check = CheckpointKeeper.before_save
+    check = Shelf.make_room
 
-    def check_and_fill(keeper):
-        check(keeper)
-        if keeper.group.rank == 0:
-            _fill(small_volume, leaving=0)
+    def check_and_fill(shelf, *arguments):
+        check(shelf, *arguments)
+        _fill(small_volume, leaving=0)
 
     with monkeypatch.context() as patch:
         # Someone else takes the room that the check has found; the ranks are forked with this in place.
-        patch.setattr(CheckpointKeeper, "before_save", check_and_fill)
+        patch.setattr(Shelf, "make_room", check_and_fill)
         code = run.call("train", "training.max_steps=8")
 
     report = json.loads((tmp_path / "termination").read_text())
