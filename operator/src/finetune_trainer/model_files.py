@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import re
-import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from finetune_contract.reports import ExitCode, Reason
 from finetune_trainer.errors import TrainerError
+from finetune_trainer.safetensors_header import LENGTH_BYTES, HeaderError, parse_header, parse_length
 from finetune_trainer.storage import Access, RemoteFile
 
 CONFIG = "config.json"
@@ -24,11 +23,7 @@ _WEIGHTS = re.compile(r"(?:model|pytorch_model)[^/]*\.safetensors")
 _PICKLED_WEIGHTS = re.compile(r"pytorch_model(?:-\d+-of-\d+)?\.bin")
 _COMPANIONS = re.compile(r"[^/]+\.(?:json|jinja|model|tiktoken|txt)|LICENSE[^/]*|NOTICE[^/]*|README\.md|merges\.txt")
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-_LONGEST_HEADER = 100_000_000
-_BYTES_PER_ELEMENT = {
-    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
-    "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1,
-}  # fmt: skip
+_LONGEST_JSON = 100_000_000
 
 ReadRange = Callable[[RemoteFile, int, int], bytes]
 """Return a stretch of a file: the file, its start, its length."""
@@ -92,7 +87,7 @@ def read_model_facts(files: Sequence[RemoteFile], read_range: ReadRange, access:
 
 def _read_json(file: RemoteFile, read_range: ReadRange, access: Access) -> dict[str, Any]:
     try:
-        value = json.loads(read_range(file, 0, max(file.size, 1) if file.size >= 0 else _LONGEST_HEADER))
+        value = json.loads(read_range(file, 0, max(file.size, 1) if file.size >= 0 else _LONGEST_JSON))
     except ValueError as error:
         raise model_invalid(access, f"{file.name} is not JSON: {error}") from error
     if not isinstance(value, dict):
@@ -112,25 +107,19 @@ def _check_index(index: Mapping[str, Any], files: Mapping[str, RemoteFile], name
 
 def _count_parameters(file: RemoteFile, read_range: ReadRange, access: Access) -> int:
     """Return the number of parameters in a safetensors file, after checking that it is whole."""
-    start = read_range(file, 0, 8)
-    length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-    if not 2 <= length <= _LONGEST_HEADER or (0 <= file.size < 8 + length):
+    try:
+        length = parse_length(read_range(file, 0, LENGTH_BYTES))
+    except HeaderError:
+        length = -1
+    if length < 0 or 0 <= file.size < LENGTH_BYTES + length:
         raise model_invalid(access, f"{file.name} is no safetensors file, or cut off")
     try:
-        header = json.loads(read_range(file, 8, length))
-        tensors = [entry for name, entry in header.items() if name != "__metadata__"]
-        num_bytes = sum(_tensor_bytes(entry) for entry in tensors)
-        end = max((entry["data_offsets"][1] for entry in tensors), default=0)
-        count = sum(int(math.prod(entry["shape"])) for entry in tensors)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        header = parse_header(read_range(file, LENGTH_BYTES, length))
+    except HeaderError as error:
         raise model_invalid(access, f"the header of {file.name} is damaged") from error
-    if file.size >= 0 and (8 + length + end != file.size or num_bytes > file.size):
-        raise model_invalid(access, f"{file.name} has {file.size} bytes, its header says {8 + length + end}")
-    return int(count)
-
-
-def _tensor_bytes(entry: Mapping[str, Any]) -> int:
-    return int(math.prod(entry["shape"])) * _BYTES_PER_ELEMENT.get(entry["dtype"], 0)
+    if file.size >= 0 and (header.file_bytes != file.size or header.tensor_bytes > file.size):
+        raise model_invalid(access, f"{file.name} has {file.size} bytes, its header says {header.file_bytes}")
+    return header.num_parameters
 
 
 def _estimate_parameters(files: Iterable[RemoteFile], config: Mapping[str, Any]) -> int:
