@@ -295,8 +295,13 @@ def _kill_one(life: Life, fault: Fault) -> None:
     victims = helpers if fault.target == "writer" and helpers else ranks
     os.kill(victims[fault.rank % len(victims)], signal.SIGKILL)
     eventually(
-        lambda: life.process.exit_code is not None or not set(ranks) & set(life.process.list_ranks()),
+        lambda: life.process.exit_code is not None or _have_new(ranks, life.process.list_ranks()),
         within=HANG_SECONDS,
         every=POLL_SECONDS,
         otherwise=f"rank {fault.rank} was killed, and nothing came of it",
     )
+
+
+def _have_new(before: list[int], now: list[int]) -> bool:
+    """Whether other ranks run; none at all says that the pod is about to end."""
+    return bool(now) and not set(before) & set(now)
