@@ -32,7 +32,7 @@ COMMANDS = {
     "publish": "copy the promoted model to its destinations",
     "serve": "answer OpenAI-compatible requests with a model",
     "generate": "answer prompts from a file or the command line with a model",
-    "checkpoints": "list, verify and plan checkpoints",
+    "checkpoints": "tell which checkpoints are whole, plan their room, prune and repair them; those of any Trainer",
 }
 """Every subcommand and its line in `--help`."""
 

@@ -28,6 +28,8 @@ class Header:
 
     shapes: Mapping[str, tuple[int, ...]]
     """By the tensor's name."""
+    dtypes: Mapping[str, str]
+    """In the words of the format: BF16."""
     file_bytes: int
     """Size of the whole file."""
     tensor_bytes: int
@@ -53,6 +55,7 @@ def parse_header(text: bytes) -> Header:
         tensors = {name: entry for name, entry in json.loads(text).items() if name != "__metadata__"}
         return Header(
             shapes={name: tuple(int(length) for length in entry["shape"]) for name, entry in tensors.items()},
+            dtypes={name: str(entry["dtype"]) for name, entry in tensors.items()},
             file_bytes=LENGTH_BYTES
             + len(text)
             + max((entry["data_offsets"][1] for entry in tensors.values()), default=0),

@@ -5,13 +5,14 @@ Used by the doctor where no manifest says what the file should be. Nothing is un
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pathlib
 import zipfile
 import zlib
 from typing import Any
 
-from finetune_trainer.checkpoints.pickles import PickleError, read_pickle
+from finetune_trainer.checkpoints.pickles import PickleError, list_imports, read_pickle
 from finetune_trainer.safetensors_header import LENGTH_BYTES, Header, HeaderError, parse_header, parse_length
 
 _ZIP_START = b"PK\x03\x04"
@@ -96,6 +97,14 @@ def read_torch_pickle(path: pathlib.Path) -> tuple[Any, dict[str, int]]:
             return read_pickle(archive.read(name)), sizes
     except (zipfile.BadZipFile, NotImplementedError, EOFError, PickleError, zlib.error) as error:
         raise DamagedFileError(f"cannot be read: {error}") from error
+
+
+def read_imports(path: pathlib.Path) -> frozenset[str]:
+    """Return what loading a torch file would import, each as "module attribute"."""
+    with contextlib.suppress(zipfile.BadZipFile, PickleError), zipfile.ZipFile(path) as archive:
+        names = [name for name in archive.namelist() if name.endswith("data.pkl")]
+        return frozenset().union(*(list_imports(archive.read(name)) for name in names))
+    return frozenset({"(unreadable) pickle"})
 
 
 def read_safetensors_header(path: pathlib.Path) -> Header:

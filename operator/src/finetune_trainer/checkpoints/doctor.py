@@ -27,6 +27,7 @@ class Diagnosis:
     """Everything found in one folder."""
 
     root: pathlib.Path
+    """Where the checkpoints lie; the folder above, where one checkpoint alone was named."""
     is_ours: bool
     checkpoints: tuple[Examined, ...]
     """Oldest step first."""
@@ -82,7 +83,19 @@ def examine_folder(root: pathlib.Path, full: bool = False) -> Diagnosis:
     is_ours = is_claimed(home)
     examined = [examine_checkpoint(path, is_ours, full) for path in paths]
     examined.sort(key=lambda one: (-1 if one.step is None else one.step, one.path.name))
-    return Diagnosis(root, is_ours, tuple(examined), tuple(layout.list_quarantined(root)), full)
+    return Diagnosis(home, is_ours, tuple(examined), tuple(layout.list_quarantined(home)), full)
+
+
+def confirm_newest(diagnosis: Diagnosis) -> Diagnosis:
+    """Return the diagnosis with every byte of the newest complete checkpoint read: what is deleted relies on it."""
+    while diagnosis.chosen is not None:
+        chosen = diagnosis.chosen
+        confirmed = examine_checkpoint(chosen.path, diagnosis.is_ours, full=True)
+        checkpoints = tuple(confirmed if one is chosen else one for one in diagnosis.checkpoints)
+        diagnosis = dataclasses.replace(diagnosis, checkpoints=checkpoints)
+        if confirmed.is_complete:
+            break
+    return diagnosis
 
 
 def is_claimed(root: pathlib.Path) -> bool:
@@ -154,11 +167,11 @@ def explain_choice(diagnosis: Diagnosis) -> str:
     chosen, newer = diagnosis.chosen, diagnosis.passed_over
     how = "every byte was read" if diagnosis.is_full else "sizes and headers were checked; `verify` reads every byte"
     if chosen is None:
-        number = len(diagnosis.checkpoints)
-        return f"none of the {number} checkpoints is whole" if number else "there is no checkpoint"
+        return "no checkpoint is whole" if diagnosis.checkpoints else "there is no checkpoint"
     if not newer:
         return f"it is the newest, and whole ({how})"
-    return f"it is the newest that is whole ({how}); {_count(len(newer), 'newer one')} cannot be resumed from"
+    names = ", ".join(one.path.name for one in newer[:4]) + (f" and {len(newer) - 4} more" if len(newer) > 4 else "")
+    return f"it is the newest that is whole ({how}); not {names}, for the reasons above"
 
 
 def build_command(diagnosis: Diagnosis) -> str:
@@ -167,10 +180,6 @@ def build_command(diagnosis: Diagnosis) -> str:
     if chosen is None or diagnosis.is_ours or chosen.is_ours:
         return ""
     return f"--resume_from_checkpoint {chosen.path}"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def list_nested(root: pathlib.Path) -> Sequence[pathlib.Path]:

@@ -31,6 +31,15 @@ _TORCH_FILE = re.compile(r".+\.(?:pt|pth)|(?:training_args|optimizer|scheduler|a
 _WEIGHTS = re.compile(r"(?:model|adapter_model|pytorch_model)[^/]*\.(?:safetensors|bin)")
 _PART = re.compile(r"((?:model|pytorch_model))-(\d+)-of-(\d+)\.(safetensors|bin)")
 _RANDOM_STATE = re.compile(r"rng_state(?:_(\d+))?\.pth")
+_FAMILIAR = re.compile(
+    r"torch (?:\w+Storage|Size|Tensor|device|dtype|b?float\d+|int\d+|bool)|torch\._utils _rebuild_\w+"
+    r"|torch\._tensor _rebuild_from_type_v2|torch\.nn\.parameter Parameter|torch\.serialization _get_layout"
+    r"|deepspeed\.(?:runtime\.zero\.config|runtime\.fp16\.loss_scaler|utils\.tensor_fragment) \w+"
+    r"|numpy (?:dtype|ndarray)|numpy\.(?:_core|core)\.multiarray (?:_reconstruct|scalar)"
+    r"|collections (?:OrderedDict|defaultdict|deque)|_codecs encode"
+    r"|(?:builtins|__builtin__) (?:set|dict|list|int|float)"
+)
+"""Imports in the pickles that torch, DeepSpeed and the Trainer write."""
 _OPTIMIZERS = ("optimizer.pt", "optimizer.bin", "optimizer_0")
 """Of the Trainer alone, and of FSDP with a full and with a sharded state."""
 
@@ -162,6 +171,22 @@ def _examine_weights(contents: _Contents, is_deepspeed: bool) -> Iterator[Findin
             why = "placeholders of ZeRO-3 were saved (stage3_gather_16bit_weights_on_model_save)"
             yield Finding(Fault.WEIGHTS_EMPTY, f"{text}: {why}")
     yield from _examine_indexes(contents)
+
+
+def list_strange_imports(path: pathlib.Path) -> list[str]:
+    """List what loading a checkpoint's state would import beyond what trainers write: resuming unpickles it."""
+    strange: set[str] = set()
+    for file in (*path.glob("global_step*/*.pt"), *path.glob("rng_state*.pth"), *path.glob("scheduler.pt")):
+        strange |= {name for name in containers.read_imports(file) if not _FAMILIAR.fullmatch(name)}
+    return sorted(strange)
+
+
+def list_empty_weights(path: pathlib.Path) -> list[str]:
+    """List the files of gathered weights that hold placeholders, and the indexes that name them."""
+    contents = _Contents(path, {file.name: file.stat().st_size for file in path.iterdir() if file.is_file()})
+    names = [name for name in contents.sizes if _WEIGHTS.fullmatch(name)]
+    empty = [name for name in names if any(0 in shape for shape in _read_shapes(contents, name).values())]
+    return empty + [name for name in contents.sizes if empty and name.endswith(".index.json")]
 
 
 def _read_shapes(contents: _Contents, name: str) -> dict[str, tuple[int, ...]]:

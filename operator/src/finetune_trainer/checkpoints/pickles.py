@@ -48,13 +48,24 @@ _REBUILDS_TENSOR = "torch._utils _rebuild_tensor_v2"
 
 def read_pickle(content: bytes) -> Any:
     """Return what a pickle describes. Raises PickleError."""
+    return _run(content).stack.pop()
+
+
+def list_imports(content: bytes) -> frozenset[str]:
+    """List what loading a pickle would import, each as "module attribute". Raises PickleError."""
+    return frozenset(_run(content).imports)
+
+
+def _run(content: bytes) -> _Machine:
     if len(content) > LARGEST_PICKLE:
         raise PickleError(f"the pickle has {len(content)} bytes, more than a checkpoint's ever has")
     machine = _Machine()
     try:
         for opcode, argument, _ in pickletools.genops(content):
             if opcode.name == "STOP":
-                return machine.stack.pop()
+                if not machine.stack:
+                    raise PickleError("the pickle holds nothing")
+                return machine
             machine.step(opcode.name, argument)
     except PickleError:
         raise
@@ -70,6 +81,7 @@ class _Machine:
     def __init__(self) -> None:
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
+        self.imports: set[str] = set()
 
     def step(self, name: str, argument: Any) -> None:
         if name in _PUSHES:
@@ -124,7 +136,11 @@ class _Machine:
 
     def stack_global(self, _argument: Any) -> None:
         module, attribute = self.pop_last(2)
-        self.stack.append(Call(f"{module} {attribute}"))
+        self.import_name(f"{module} {attribute}")
+
+    def import_name(self, name: str) -> None:
+        self.imports.add(name)
+        self.stack.append(Call(name))
 
 
 _PUSHES = frozenset(
@@ -153,7 +169,7 @@ _ACTIONS: dict[str, Callable[[_Machine, Any], Any]] = {
     "ADDITEMS": lambda machine, _: machine.append(machine.pop_marked()),
     "SETITEM": lambda machine, _: machine.set_items(machine.pop_last(2)),
     "SETITEMS": lambda machine, _: machine.set_items(machine.pop_marked()),
-    "GLOBAL": lambda machine, argument: machine.stack.append(Call(str(argument))),
+    "GLOBAL": lambda machine, argument: machine.import_name(str(argument)),
     "STACK_GLOBAL": _Machine.stack_global,
     "REDUCE": _Machine.call,
     "NEWOBJ": _Machine.call,
