@@ -1,28 +1,16 @@
 """The embedded cluster for this rung: brought up once, with the operator installed from the chart."""
 
-import pathlib
-import secrets
-
 import pytest
 
-from tests.cluster.bring_up import bring_up, read_s3_keys
-from tests.cluster.world import World
-from tests.demo.demo import OPERATOR_NAMESPACE, Storage, install_chart
-from tests.demo.kubectl import Cluster
+from tests.cluster.world import open_world
+from tests.demo.demo import OPERATOR_NAMESPACE, install_chart
 
 NAME = "default"
 
 
 @pytest.fixture(scope="session")
 def world():
-    status = bring_up(NAME)
-    programs = pathlib.Path(status["bin"])
-    cluster = Cluster(status["kubeconfig"], status["context"], str(programs / "kubectl"), str(programs / "helm"))
-    url = status["s3"]["url"]
-    storage = Storage(url, url, *read_s3_keys(status))
-    made = World(NAME, cluster, storage, status["prometheus"], status["images"])
-    made.write_test_data()
-    return made
+    return open_world(NAME)
 
 
 @pytest.fixture(scope="session")
@@ -38,12 +26,8 @@ def make_namespace(world):
     made = []
 
     def make(prefix):
-        name = f"{prefix}-{secrets.token_hex(3)}"
-        labels = {"pod-security.kubernetes.io/enforce": "restricted"}
-        world.cluster.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}})
-        world.write_secret(name)
-        made.append(name)
-        return name
+        made.append(world.make_namespace(prefix))
+        return made[-1]
 
     yield make
     for name in made:

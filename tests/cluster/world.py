@@ -5,16 +5,30 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+import secrets
 import subprocess
 import sys
 import tempfile
+from typing import Any
 
+from tests.cluster.bring_up import bring_up, read_s3_keys
 from tests.demo import corpus, tiny_llama
 from tests.demo.demo import Storage, make_s3_client
 from tests.demo.kubectl import Cluster
 
 TOOL = pathlib.Path(__file__).with_name("cluster.py")
 BUCKET = "tests"
+
+
+def open_world(name: str) -> World:
+    """Bring up the cluster of that name with everything it needs, fill its bucket, and return it."""
+    status = bring_up(name)
+    programs = pathlib.Path(status["bin"])
+    cluster = Cluster(status["kubeconfig"], status["context"], str(programs / "kubectl"), str(programs / "helm"))
+    url = status["s3"]["url"]
+    world = World(name, cluster, Storage(url, url, *read_s3_keys(status)), status["prometheus"], status["images"])
+    world.write_test_data()
+    return world
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,17 +44,33 @@ class World:
     def tool(self, *arguments: str) -> str:
         """Run the cluster's own command, as in `tool("stop", "s3")`."""
         command = (sys.executable, str(TOOL), arguments[0], *arguments[1:], "--name", self.name)
-        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=300).stdout
+        finished = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
+        assert finished.returncode == 0, f"{' '.join(arguments)}: {finished.stderr[-2000:]}"
+        return finished.stdout
+
+    def read_status(self) -> dict[str, Any]:
+        """Return what the cluster's command says about it."""
+        status: dict[str, Any] = json.loads(self.tool("status"))
+        return status
+
+    def make_namespace(self, prefix: str) -> str:
+        """Make a namespace of its own, with the storage's Secret in it; return its name."""
+        name = f"{prefix}-{secrets.token_hex(3)}"
+        labels = {"pod-security.kubernetes.io/enforce": "restricted"}
+        self.cluster.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}})
+        self.write_secret(name)
+        return name
 
     def write_secret(
-        self, namespace: str, name: str = "s3", access_key: str | None = None, secret_key: str | None = None
+        self, namespace: str, name: str = "s3", access_key: str = "", secret_key: str = "", **changed: str
     ) -> None:
-        """Create or change a Secret with the storage's keys."""
+        """Create or change a Secret with the storage's keys; `changed` replaces or adds entries."""
         keys = {
             "AWS_ACCESS_KEY_ID": access_key or self.storage.access_key,
             "AWS_SECRET_ACCESS_KEY": secret_key or self.storage.secret_key,
             "AWS_ENDPOINT_URL_S3": self.storage.pod_endpoint,
             "AWS_REGION": self.storage.region,
+            **changed,
         }
         metadata = {"name": name, "namespace": namespace}
         self.cluster.apply({"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "stringData": keys})

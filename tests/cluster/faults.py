@@ -1,0 +1,138 @@
+"""What the tests do to a running job on the embedded cluster: kill, drain, cut off, restart. Waiting is the test's."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import subprocess
+from typing import Any
+
+from tests.cluster.world import World
+from tests.demo.kubectl import ClusterError
+from tests.support.jobs import JobHandle
+from tests.support.waiting import eventually
+
+PATIENCE_SECONDS = 240
+
+_KILL = r"""
+import os, pathlib, signal, sys, time
+root, manifest, pid, kind = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]
+
+def saving():
+    for folder in root.glob("checkpoint-*"):
+        if any(folder.iterdir()) and not (folder / manifest).exists() and not (folder / "finetune-deleting").exists():
+            return folder.name
+
+def parent(number):
+    try:
+        return int(pathlib.Path("/proc", number, "stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
+
+deadline, found = time.monotonic() + 60, ""
+while manifest and not (found := saving()):
+    if time.monotonic() > deadline:
+        sys.exit("no save was seen within 60 s")
+children = [int(number) for number in os.listdir("/proc") if number.isdigit() and parent(number) == pid]
+os.kill(max(children) if kind == "rank" else pid, signal.SIGKILL)
+print(found, time.time())
+"""
+"""Runs inside the cluster's namespaces: waits for a save to be under way, if asked to, and kills at that moment."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Faults:
+    """The faults, done to one job."""
+
+    world: World
+    job: JobHandle
+
+    @property
+    def node(self) -> str:
+        """Name of the cluster's one node."""
+        return f"{self.world.name}-node"
+
+    def running_pod(self, component: str = "train", within: float = PATIENCE_SECONDS) -> dict[str, Any]:
+        """Return the running pod of a phase, waiting for it."""
+
+        def look() -> dict[str, Any] | None:
+            found = [pod for pod in self.job.pods(component) if _is_running(pod)]
+            return found[0] if found else None
+
+        return eventually(look, within=within, otherwise=self.job.describe, every=0.1)
+
+    def kill_process(self, pod: dict[str, Any], kind: str = "container", in_save: bool = False) -> tuple[str, float]:
+        """Kill a container's first process, or one `rank` below it; return the save it was in and when, Unix time."""
+        container = pod["status"]["containerStatuses"][0]["containerID"].rpartition("/")[2]
+        tasks = subprocess.run(
+            (*self.world.read_status()["containerd"]["ctr"], "tasks", "ls"), capture_output=True, check=True
+        )
+        found = [line.split() for line in tasks.stdout.decode().splitlines() if line.startswith(container)]
+        manifest = "finetune-manifest.json" if in_save else ""
+        arguments = (str(self.volume / "checkpoints"), manifest, found[0][1], kind)
+        answer = self.world.tool("exec", "--", "python3", "-c", _KILL, *arguments).split()
+        return " ".join(answer[:-1]), float(answer[-1])
+
+    @property
+    def volume(self) -> pathlib.Path:
+        """The workspace as the node sees it."""
+        claim = self.world.cluster.read("pvc", f"{self.job.name}-workspace", "-n", self.job.namespace)
+        volume = self.world.cluster.read("pv", claim["spec"]["volumeName"])
+        return pathlib.Path(volume["spec"]["local"]["path"])
+
+    def delete_pod(self, pod: dict[str, Any]) -> None:
+        """Delete a pod by force, as a node that vanishes does: no signal that it could answer to."""
+        name = pod["metadata"]["name"]
+        self.world.cluster.run("delete", "pod", name, "-n", self.job.namespace, "--grace-period=0", "--force")
+
+    def drain(self, *options: str) -> str:
+        """Drain the node of this job's pods; return what kubectl says, also when it gives up."""
+        selector = f"--pod-selector=finetune.dev/job={self.job.name}"
+        common = ("--delete-emptydir-data", "--ignore-daemonsets", "--force")
+        try:
+            return self.world.cluster.run("drain", self.node, selector, *common, *options, timeout=PATIENCE_SECONDS)
+        except ClusterError as error:
+            return str(error)
+
+    def uncordon(self) -> None:
+        """Let the node take pods again."""
+        self.world.cluster.run("uncordon", self.node)
+
+    def restart(self, component: str) -> None:
+        """Stop a daemon of the cluster and start it again."""
+        self.world.tool("stop", component)
+        self.world.tool("start", component)
+
+    def lose_node(self, pod: dict[str, Any]) -> None:
+        """Stop kubelet until the pod has been given up, and start it again."""
+        self.world.tool("stop", "kubelet")
+        try:
+            eventually(lambda: self._is_given_up(pod), within=PATIENCE_SECONDS, otherwise=self.job.describe)
+        finally:
+            self.world.tool("start", "kubelet")
+
+    def _is_given_up(self, pod: dict[str, Any]) -> bool:
+        pods = self.world.cluster.read("pods", "-n", self.job.namespace)["items"]
+        kept = {each["metadata"]["uid"] for each in pods if not each["metadata"].get("deletionTimestamp")}
+        return pod["metadata"]["uid"] not in kept
+
+    def kill_operator(self, namespace: str) -> None:
+        """Delete the operator's pod without grace, and wait until another one is ready."""
+        cluster, selector = self.world.cluster, "app.kubernetes.io/name=finetune-operator"
+        before = cluster.read("pods", "-n", namespace, "-l", selector)["items"][0]["metadata"]["name"]
+        cluster.run("delete", "pod", before, "-n", namespace, "--grace-period=0", "--force")
+        cluster.run("rollout", "status", "deploy/finetune-operator", "-n", namespace, "--timeout=120s", timeout=130)
+
+
+def _is_running(pod: dict[str, Any]) -> bool:
+    if pod["metadata"].get("deletionTimestamp") or pod["status"].get("phase") != "Running":
+        return False
+    states = pod["status"].get("containerStatuses") or [{}]
+    return "running" in states[0].get("state", {})
+
+
+LOSES_NODES_QUICKLY = [
+    {"key": f"node.kubernetes.io/{state}", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 3}
+    for state in ("not-ready", "unreachable")
+]
+"""Tolerations with which a pod is given up seconds after its node was."""
