@@ -6,10 +6,13 @@ import pytest
 
 from finetune_contract.reports import ExitCode, Reason
 from finetune_trainer.checkpoints import attempt, disk
+from finetune_trainer.checkpoints.foreign import examine_foreign
 from finetune_trainer.checkpoints.layout import MANIFEST, list_folders, list_quarantined
 from finetune_trainer.checkpoints.resume import choose_resume, observe_checkpoints, quarantine
+from finetune_trainer.checkpoints.retention import delete_quarantine_before
 from finetune_trainer.errors import TrainerError
 from tests.support.checkpoints import write_checkpoint
+from tests.support.foreign import write_foreign
 
 
 def _damage(checkpoint, kind):
@@ -85,6 +88,22 @@ def test_a_newer_attempt_fences_an_older_one(tmp_path):
     assert json.loads(file.read_text()) == {"attempt": 2}
     with pytest.raises(TrainerError):
         attempt.claim_workspace(file, 1)
+
+
+def test_the_first_attempt_sets_another_trainers_checkpoints_aside_and_nothing_ever_deletes_them(tmp_path):
+    write_foreign(tmp_path, 100)
+    write_checkpoint(tmp_path, 200)
+    attempt.claim_workspace(tmp_path / "attempt.json", 1)
+
+    assert [folder.step for folder in list_folders(tmp_path)] == [200]
+    write_checkpoint(tmp_path, 300)
+    delete_quarantine_before(tmp_path, 300)
+    assert examine_foreign(tmp_path / "foreign/checkpoint-100", full=True)[0] == ()
+
+    # From now on a folder without manifest is a save of ours that did not finish.
+    write_foreign(tmp_path, 400)
+    attempt.claim_workspace(tmp_path / "attempt.json", 2)
+    assert [folder.step for folder in list_folders(tmp_path)] == [200, 300, 400]
 
 
 def test_too_little_room_is_said_with_both_numbers(tmp_path):

@@ -132,6 +132,7 @@ def test_a_folder_of_the_stock_trainer_is_read_and_left_as_it_is(damaged, capsys
     assert answer["status"] == "damaged"
     assert answer["resumeFrom"] == str(damaged / "checkpoint-200")
     assert answer["resumeCommand"] == f"--resume_from_checkpoint {damaged / 'checkpoint-200'}"
+    assert answer["passedOver"] == [str(damaged / f"checkpoint-{step}") for step in (700, 600, 500, 400, 300)]
     assert [one["faults"] for one in answer["checkpoints"] if not one["complete"]] == [
         ["latest-missing"],
         ["trainer-state-missing"],
@@ -147,7 +148,9 @@ def test_people_read_which_to_resume_from_why_and_what_to_type(damaged, capsys):
 
     assert code == State.DAMAGED
     assert f"Resume from {damaged / 'checkpoint-200'}" in output
-    assert "not checkpoint-700, checkpoint-600, checkpoint-500, checkpoint-400 and 1 more" in output
+    assert (
+        "Not         checkpoint-700, checkpoint-600, checkpoint-500, checkpoint-400 and 1 more: what is wrong" in output
+    )
     assert f"Type        --resume_from_checkpoint {damaged / 'checkpoint-200'}" in output
     assert "latest is missing: DeepSpeed does not know which folder to load (there: global_step300)" in output
 

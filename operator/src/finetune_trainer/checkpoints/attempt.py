@@ -11,8 +11,9 @@ import json
 import pathlib
 
 from finetune_contract.reports import ExitCode, Reason
+from finetune_trainer.checkpoints.resume import set_foreign_aside
 from finetune_trainer.errors import TrainerError
-from finetune_trainer.reporting import write_json
+from finetune_trainer.reporting import emit_warning, write_json
 
 
 def read_newest_attempt(attempt_file: pathlib.Path) -> int:
@@ -24,8 +25,15 @@ def read_newest_attempt(attempt_file: pathlib.Path) -> int:
 
 
 def claim_workspace(attempt_file: pathlib.Path, attempt: int) -> None:
-    """Make `attempt` the newest one. Raises TrainerError (Fenced) when a newer one has been there."""
+    """Make `attempt` the newest one. Raises TrainerError (Fenced) when a newer one has been there.
+
+    The first attempt of all sets aside what another trainer has left: no later one could tell it from garbage of ours.
+    """
     require_newest(attempt_file, attempt)
+    if not attempt_file.exists():
+        for path in set_foreign_aside(attempt_file.parent):
+            hint = f"to resume from it: finetune-trainer checkpoints repair --yes {path.parent}, then move it back"
+            emit_warning("checkpoint of another trainer set aside", checkpoint=str(path), hint=hint)
     attempt_file.parent.mkdir(parents=True, exist_ok=True)
     write_json(attempt_file, {"attempt": attempt})
 

@@ -48,7 +48,7 @@ def check_torch_file(path: pathlib.Path, full: bool) -> None:
 
 def _say_why(path: pathlib.Path, start: bytes, size: int) -> str:
     if start.startswith(_ZIP_START):
-        return f"is truncated: its {size} bytes end before the table of contents that torch.save writes last"
+        return f"is truncated: it ends after {size} bytes, before torch.save's table of contents"
     if not start.strip(b"\0") and _is_all_zeros(path):
         return f"holds {size} zero bytes: its content never reached the disk"
     return "is no file that torch.save wrote"

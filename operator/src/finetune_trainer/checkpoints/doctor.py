@@ -163,15 +163,11 @@ def _count_bytes(path: pathlib.Path) -> int:
 
 
 def explain_choice(diagnosis: Diagnosis) -> str:
-    """Say in one sentence why this checkpoint is the one to resume from, or why none is."""
-    chosen, newer = diagnosis.chosen, diagnosis.passed_over
-    how = "every byte was read" if diagnosis.is_full else "sizes and headers were checked; `verify` reads every byte"
-    if chosen is None:
+    """Say why this checkpoint is the one to resume from, or why none is."""
+    if diagnosis.chosen is None:
         return "no checkpoint is whole" if diagnosis.checkpoints else "there is no checkpoint"
-    if not newer:
-        return f"it is the newest, and whole ({how})"
-    names = ", ".join(one.path.name for one in newer[:4]) + (f" and {len(newer) - 4} more" if len(newer) > 4 else "")
-    return f"it is the newest that is whole ({how}); not {names}, for the reasons above"
+    how = "every byte was read" if diagnosis.is_full else "sizes and headers were checked; `verify` reads every byte"
+    return f"it is the newest {'that is whole' if diagnosis.passed_over else 'and whole'} ({how})"
 
 
 def build_command(diagnosis: Diagnosis) -> str:

@@ -168,7 +168,7 @@ def _examine_weights(contents: _Contents, is_deepspeed: bool) -> Iterator[Findin
         empty = [tensor for tensor, shape in shapes.items() if 0 in shape]
         if empty:
             text = f"{name}: {len(empty)} of {len(shapes)} weights have shape (0,), such as {empty[0]}"
-            why = "placeholders of ZeRO-3 were saved (stage3_gather_16bit_weights_on_model_save)"
+            why = "ZeRO-3 placeholders (stage3_gather_16bit_weights_on_model_save)"
             yield Finding(Fault.WEIGHTS_EMPTY, f"{text}: {why}")
     yield from _examine_indexes(contents)
 

@@ -9,7 +9,14 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 
-from finetune_trainer.checkpoints.layout import Folder, is_being_deleted, list_folders, next_quarantine_path
+from finetune_trainer.checkpoints.layout import (
+    FOREIGN,
+    MANIFEST,
+    Folder,
+    is_being_deleted,
+    list_folders,
+    next_quarantine_path,
+)
 from finetune_trainer.checkpoints.manifest import verify_checkpoint
 
 
@@ -59,3 +66,22 @@ def move_to_quarantine(root: pathlib.Path, folder: Folder) -> None:
     target = next_quarantine_path(root, folder.step)
     target.parent.mkdir(exist_ok=True)
     folder.path.rename(target)
+
+
+def set_foreign_aside(root: pathlib.Path) -> list[pathlib.Path]:
+    """Move the checkpoints without manifest of a folder that no attempt of ours has worked in, and return them.
+
+    They are another trainer's, and may be whole: in the quarantine they would be deleted with the garbage.
+    """
+    moved = []
+    for folder in list_folders(root):
+        if (folder.path / MANIFEST).exists() or is_being_deleted(folder.path):
+            continue
+        target = root / FOREIGN / folder.path.name
+        number = 0
+        while target.exists():
+            number += 1
+            target = root / FOREIGN / f"{folder.path.name}.{number}"
+        target.parent.mkdir(exist_ok=True)
+        moved.append(folder.path.rename(target))
+    return moved

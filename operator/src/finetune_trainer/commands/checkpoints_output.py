@@ -13,7 +13,7 @@ from finetune_trainer.checkpoints.doctor import Diagnosis
 from finetune_trainer.checkpoints.findings import Examined, Fault
 from finetune_trainer.checkpoints.repair import Kind
 
-_HEADINGS = ("STEP", "STATE", "SIZE", "RANKS", "ZERO", "WRITTEN BY", "FOLDER")
+_HEADINGS = ("STEP", "STATE", "SIZE", "RANKS", "ZERO", "JUDGED BY", "FOLDER")
 _WORDS = {Fault.SAVE_UNFINISHED: "unfinished", Fault.BEING_DELETED: "half deleted", Fault.EMPTY_FOLDER: "empty"}
 
 
@@ -32,6 +32,7 @@ def describe(diagnosis: Diagnosis, status: str) -> dict[str, Any]:
         "resumeFrom": str(chosen.path) if chosen else None,
         "resumeCommand": doctor.build_command(diagnosis),
         "why": doctor.explain_choice(diagnosis),
+        "passedOver": [str(one.path) for one in diagnosis.passed_over],
     }
 
 
@@ -101,7 +102,7 @@ def _build_row(one: Examined) -> tuple[str, ...]:
         format_bytes(facts.num_bytes),
         str(facts.world_size or "-"),
         "-" if facts.zero_stage is None else str(facts.zero_stage),
-        "us" if one.is_ours else "Trainer",
+        "manifest" if one.is_ours else "its files",
         one.path.name,
     )
 
@@ -113,6 +114,10 @@ def _build_choice(diagnosis: Diagnosis, root: pathlib.Path) -> Iterator[str]:
     chosen, command = diagnosis.chosen, doctor.build_command(diagnosis)
     yield f"Resume from {chosen.path if chosen else 'nothing: training would begin anew'}"
     yield f"Why         {doctor.explain_choice(diagnosis)}"
+    if diagnosis.passed_over:
+        names = [one.path.name for one in diagnosis.passed_over]
+        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+        yield f"Not         {', '.join(names[:4])}{more}: what is wrong with each stands above"
     if chosen is not None:
         yield f"Type        {command or 'nothing: the next start of finetune-trainer train resumes from it by itself'}"
 
