@@ -42,6 +42,7 @@ def resolve_run(job: FineTuneJob, settings: Settings) -> RunConfig:
             gpus_per_node=gpus,
             processes_per_node=spec.resources.processes_per_node or max(1, gpus),
         ),
+        progress_deadline_seconds=spec.failure_policy.progress_deadline_seconds or 0,
         checkpoint=_resolve_checkpoint(spec),
         evaluation=EvaluationConfig(
             evaluation.holdout, evaluation.baseline, tuple(evaluation.tasks), evaluation.limit or 0

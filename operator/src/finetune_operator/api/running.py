@@ -8,7 +8,7 @@ from pydantic import Field
 
 from finetune_operator.api.base import Model, Rule
 from finetune_operator.api.pods import QuantityMap, SecretRef
-from finetune_operator.api.scalars import Name, Quantity, RelativePath, S3Url, VolumeSize
+from finetune_operator.api.scalars import LogPattern, Name, Quantity, RelativePath, S3Url, VolumeSize
 
 KeyText = Annotated[str, Field(min_length=1, max_length=317)]
 
@@ -195,11 +195,11 @@ class FailureRule(Model):
     """Applies to these exit codes."""
     on_pod_conditions: Annotated[list[PodConditionPattern], Field(max_length=20)] = []
     """Applies when the failed pod has one of these conditions."""
-    on_log_pattern: Annotated[str, Field(min_length=1, max_length=512)] | None = None
-    """Applies when a line at the end of the log matches this regular expression."""
+    on_log_pattern: LogPattern | None = None
+    """Applies when one of the last lines of the failing rank matches this regular expression (RE2)."""
     action: Literal["RestartJob", "RestartJobIgnoreLimit", "FailJob", "ExcludeNode"]
     """RestartJob counts towards maxRestarts, RestartJobIgnoreLimit does not, FailJob ends the job, ExcludeNode restarts
-    elsewhere."""
+    and keeps the job off the failed pod's node for a day."""
 
     validations = (
         Rule(
@@ -220,6 +220,6 @@ class FailurePolicy(Model):
     max_restarts: Annotated[int, Field(ge=0, le=1000)] = 5
     """Restarts from the last complete checkpoint before the job fails."""
     progress_deadline_seconds: Seconds | None = None
-    """Restart an attempt that has made no step for so long; by default never."""
+    """Restart an attempt whose ranks stand still for so long after the first step; by default never."""
     rules: Annotated[list[FailureRule], Field(max_length=20)] = []
     """Rules for certain failures; the first that applies wins, and every other failure restarts."""

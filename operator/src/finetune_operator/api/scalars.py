@@ -9,6 +9,7 @@ import pydantic
 from pydantic import Field
 
 from finetune_operator.api.base import Rule, matching
+from finetune_operator.api.patterns import is_pattern
 
 Text = Annotated[str, Field(max_length=1024)]
 """Free text of one line."""
@@ -61,6 +62,18 @@ S3Url = Annotated[
 
 Revision = Annotated[str, Field(max_length=256)]
 """Branch, tag, commit or object version."""
+
+LogPattern = Annotated[
+    str,
+    Field(min_length=1, max_length=512),
+    Rule(
+        # RE2 itself judges: a pattern that it does not take makes the evaluation of the rule fail.
+        "[''.matches(self)].size() == 1",
+        "write a regular expression of RE2, without look-around and back-references, as in NCCL (error|timeout)",
+        is_pattern,
+    ),
+]
+"""A regular expression, matched line by line."""
 
 RelativePath = Annotated[
     str,
