@@ -63,7 +63,8 @@ def start_attempt(view: View, record: Record) -> WriteRecord:
     """Return the step that remembers the next attempt; its Job is made in a later pass."""
     number = record.attempt.number + 1 if record.attempt else 1
     attempt = Attempt(number=number, job=view.plan.names.training_job(number), digest=view.plan.digest)
-    batch = record.global_batch or count_global_batch(view.plan, build_run_config(view.plan, record, number))
+    # Refused here, before the attempt is remembered and has pods, where the global batch cannot be kept.
+    batch = count_global_batch(view.plan, build_run_config(view.plan, record, number))
     return WriteRecord(dataclasses.replace(record.with_attempt(attempt), global_batch=batch), STARTING)
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 
 from finetune_contract.reports import Metric, Phase, ProgressReport
+from finetune_operator.errors import InvalidJobError
 from finetune_operator.lifecycle import next_step
 from finetune_operator.observed import Claim, Endpoint, Observed, PodCondition, Progress
 from finetune_operator.record import Failure, Record, Terminal, to_text
@@ -236,6 +237,14 @@ def test_the_next_attempt_waits_for_its_backoff_and_then_for_nothing():
     assert step.until == NOW + seconds(8)
     step = look(plan, world, NOW + seconds(8))
     assert (step.record.attempt.number, step.record.global_batch) == (2, 8)
+
+
+def test_an_attempt_that_cannot_keep_the_global_batch_is_refused_before_it_exists():
+    plan = make_test_plan(training={"perDeviceBatchSize": 1}, resources={"gpusPerNode": 3})
+    ended = make_attempt(plan, end_time=to_text(NOW), reason="Suspended")
+    record = make_record(Phase.INSPECT, Phase.PREPARE, attempts=(ended,), claim_uid="claim", global_batch=8)
+    with pytest.raises(InvalidJobError, match=r"3 processes do not divide the 8 sequences per step .* 1, 2, 4, 8$"):
+        look(plan, make_observed(plan, record), NOW)
 
 
 def test_the_next_attempt_waits_for_old_pods_but_not_for_those_of_lost_nodes():

@@ -89,7 +89,11 @@ def test_another_per_device_batch_keeps_the_steps_of_the_first_attempt():
 
 def test_a_batch_that_cannot_keep_the_steps_is_refused_with_what_to_type():
     plan = make_test_plan(training={"perDeviceBatchSize": 5})
-    with pytest.raises(InvalidJobError, match=r"perDeviceBatchSize: 5 .* divides 64"):
+    with pytest.raises(InvalidJobError, match=r"perDeviceBatchSize: 5 on 1 .* 1, 2, 4, 8, 16, 32, 64$") as caught:
+        build_run_config(plan, make_record(Phase.INSPECT, global_batch=64), 2)
+    assert caught.value.reason == "GlobalBatchNotKept"
+    plan = make_test_plan(training={"perDeviceBatchSize": 8}, resources={"gpusPerNode": 3})
+    with pytest.raises(InvalidJobError, match=r"resources: 3 processes .* product is one of 1, 2, 4, 8, 16, 32, 64$"):
         build_run_config(plan, make_record(Phase.INSPECT, global_batch=64), 2)
     plan = make_test_plan(training={"perDeviceBatchSize": 8, "gradientAccumulationSteps": 3})
     with pytest.raises(InvalidJobError, match="write 8, or remove it"):

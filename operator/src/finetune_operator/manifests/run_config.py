@@ -9,6 +9,7 @@ from typing import Any
 from finetune_contract.environment import CA_BUNDLE_PATH, PROGRESS_CA_PATH, RUN_CONFIG_PATH
 from finetune_contract.reports import Phase
 from finetune_contract.run_config import RunConfig, Source, TrainingConfig
+from finetune_operator.conditions import Reason
 from finetune_operator.errors import InvalidJobError
 from finetune_operator.plan import Plan
 from finetune_operator.record import Record
@@ -72,19 +73,35 @@ def _keep_global_batch(plan: Plan, global_batch: int) -> int:
     """Return the accumulation with which another per-device batch or number of processes makes the same steps."""
     per_pass = plan.run.training.per_device_batch_size * plan.processes
     if global_batch % per_pass:
-        raise InvalidJobError(
-            f"training.perDeviceBatchSize: {plan.run.training.per_device_batch_size} on {plan.processes} processes do "
-            f"not divide the {global_batch} sequences per step that this job started with: choose a batch whose "
-            f"product with {plan.processes} divides {global_batch}"
-        )
+        raise InvalidJobError(_explain_batch(plan, global_batch), Reason.GLOBAL_BATCH_NOT_KEPT)
     accumulation = global_batch // per_pass
     written = plan.run.training.gradient_accumulation_steps
     if plan.is_accumulation_written and written != accumulation:
         raise InvalidJobError(
             f"training.gradientAccumulationSteps: {written} would change the {global_batch} sequences per step that "
-            f"this job started with: write {accumulation}, or remove it"
+            f"this job started with: write {accumulation}, or remove it",
+            Reason.GLOBAL_BATCH_NOT_KEPT,
         )
     return accumulation
+
+
+def _explain_batch(plan: Plan, global_batch: int) -> str:
+    """Return why this number of processes cannot take the rows of a step, and the numbers that can."""
+    batch, processes = plan.run.training.per_device_batch_size, plan.processes
+    started = f"the {global_batch} sequences per step that this job started with"
+    if global_batch % processes == 0:
+        return (
+            f"training.perDeviceBatchSize: {batch} on {processes} processes do not divide {started}: write one of "
+            f"{_list_divisors(global_batch // processes)}"
+        )
+    return (
+        f"resources: {processes} processes do not divide {started}: choose resources.nodes and resources.gpusPerNode "
+        f"(or processesPerNode) so that their product is one of {_list_divisors(global_batch)}"
+    )
+
+
+def _list_divisors(number: int) -> str:
+    return ", ".join(str(each) for each in range(1, number + 1) if number % each == 0)
 
 
 def count_global_batch(plan: Plan, run: RunConfig) -> int:
