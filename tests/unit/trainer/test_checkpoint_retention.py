@@ -121,6 +121,10 @@ def _kill_at(number, folder):
     return os.WIFSIGNALED(os.waitpid(pid, 0)[1])
 
 
+def _refuse_for_want_of_room(path, *_):
+    raise OSError(28, "No space left on device", str(path))
+
+
 def _removals(folder):
     return sum(1 for _ in folder.rglob("*")) + 2  # the mark, and the folder itself
 
@@ -147,6 +151,20 @@ def test_a_deletion_killed_at_any_moment_leaves_nothing_to_choose_and_the_next_f
     assert not folder.exists()
 
 
+def test_on_a_volume_without_room_for_the_mark_no_kill_leaves_a_checkpoint_either(tmp_path, monkeypatch):
+    monkeypatch.setattr("pathlib.Path.touch", _refuse_for_want_of_room)
+    number = 1
+    while True:
+        root = tmp_path / str(number)
+        write_checkpoint(root, 200)
+        if not _kill_at(number, write_checkpoint(root, 300)):
+            break
+        assert choose_resume(observe_checkpoints(root)).step == 200
+        assert not (root / "checkpoint-300" / MANIFEST).exists()
+        number += 1
+    assert number > 5
+
+
 def test_a_half_deleted_folder_that_was_quarantined_is_finished_there(tmp_path):
     write_checkpoint(tmp_path, 200)
     folder = write_checkpoint(tmp_path, 100)
@@ -161,11 +179,7 @@ def test_a_half_deleted_folder_that_was_quarantined_is_finished_there(tmp_path):
 
 def test_a_volume_without_room_for_the_mark_is_emptied_all_the_same(tmp_path, monkeypatch):
     checkpoint = write_checkpoint(tmp_path, 100)
-
-    def fail(path, *_):
-        raise OSError(28, "No space left on device", str(path))
-
-    monkeypatch.setattr("pathlib.Path.touch", fail)
+    monkeypatch.setattr("pathlib.Path.touch", _refuse_for_want_of_room)
 
     assert retention.delete_checkpoint(checkpoint)
     assert not checkpoint.exists()

@@ -297,6 +297,18 @@ def test_garbage_goes_only_when_asked_and_only_before_a_checkpoint_that_verifies
     assert _steps(damaged) == [100, 200, 550, 600, 700]
 
 
+def test_prune_relies_on_no_checkpoint_that_it_has_not_read_to_the_end(tmp_path, capsys):
+    for step in (100, 200, 300, 400):
+        write_checkpoint(tmp_path, step)
+    for step in (300, 400):
+        (tmp_path / f"checkpoint-{step}/global_step{step}/shard_0.pt").write_bytes(b"SHARD  0")
+    (tmp_path / "checkpoint-200/global_step200/shard_0.pt").write_bytes(b"SHARD  0")
+
+    _ask(capsys, "prune", "--yes", "--garbage", tmp_path, "--keep-latest", 1)
+
+    assert _steps(tmp_path) == [100, 200, 300, 400]
+
+
 def test_prune_finishes_a_deletion_that_was_cut_short(tmp_path, capsys):
     for step in (100, 200):
         write_checkpoint(tmp_path, step)
