@@ -16,6 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from tests.support.training_runs import Run
 from tests.support.waiting import eventually
@@ -140,6 +141,10 @@ class StepLog:
 
     def read(self) -> list[int]:
         """Return the steps reported since the last call."""
+        return [entry["step"] for entry in self.read_entries()]
+
+    def read_entries(self) -> list[dict[str, Any]]:
+        """Return the lines written since the last call: steps, and commits of checkpoints."""
         try:
             with self._path.open("rb") as file:
                 file.seek(self._offset)
@@ -148,9 +153,9 @@ class StepLog:
             return []
         self._offset += len(data)
         *lines, self._rest = (self._rest + data).split(b"\n")
-        steps = [json.loads(line)["step"] for line in lines if line.startswith(b"{") and line.endswith(b"}")]
-        self.newest = steps[-1] if steps else self.newest
-        return steps
+        entries = [json.loads(line) for line in lines if line.startswith(b"{") and line.endswith(b"}")]
+        self.newest = entries[-1]["step"] if entries else self.newest
+        return entries
 
 
 def _write_output_to(log: pathlib.Path) -> None:

@@ -104,8 +104,8 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
         self._productive_seconds = 0.0
         self._step_started: float | None = None
         self._longest_step = 0.0
-        self._reported = ""
-        """When the newest checkpoint that was reported was committed."""
+        self._reported: tuple[int | None, str] = (None, "")
+        """Step of the newest checkpoint that was reported, and when it was committed."""
         self.loss: float | None = None
         """Last logged loss."""
 
@@ -119,7 +119,7 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
         metrics: dict[str, float] = {}
         if self._keeper.resumed_from is not None:
             metrics = {Metric.RESUMED_FROM: self._keeper.resumed_from, **self._describe_checkpoints()}
-        self._reported = self._keeper.last_committed_at
+        self._reported = (self._keeper.latest_complete, self._keeper.last_committed_at)
         self._post(state, metrics, urgent=True)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -157,6 +157,7 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
             Metric.LEARNING_RATE: logs.get("learning_rate", 0.0),
             Metric.TOKENS_PER_SECOND: rate,
             Metric.EPOCH: state.epoch or 0.0,
+            Metric.PRODUCTIVE_SECONDS: round(self._productive_seconds, 3),
         }
         mirror = read_mirror_state(self._workspace) if self._is_mirrored else None
         metrics |= mirror.to_metrics() if mirror is not None else {}
@@ -184,9 +185,10 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
 
     def _report_commit(self, state: Any) -> None:
         """Report the newest checkpoint once it is committed, which may be some steps after its save began."""
-        if self._keeper.last_committed_at == self._reported:
+        newest = (self._keeper.latest_complete, self._keeper.last_committed_at)
+        if newest == self._reported:
             return
-        self._reported = self._keeper.last_committed_at
+        self._reported = newest
         metrics = self._describe_checkpoints()
         self._write(state, metrics)
         self._post(state, metrics, urgent=True)
