@@ -18,7 +18,7 @@ from finetune_trainer.training import universal
 
 CONSTANT = ("training.scheduler=constant", "training.warmup_steps=0", "checkpoint.every_steps=0")
 """A learning rate that does not depend on the length of the run, so that a run may be ended early."""
-TOLERANCE = {"fp32": 1e-5, "bf16": 0.1}
+TOLERANCE = {"fp32": 1e-6, "bf16": 0.01}
 """Largest distance of two ends, as a share of the way from the start (Euclidean, all weights)."""
 STAGES = {2: "training.zero_stage=2", 3: "training.zero_stage=3"}
 NOT_PACKED, PACKED = "training.packing=false", "training.packing=true"

@@ -4,9 +4,9 @@ Rank 0 chooses the newest checkpoint whose files are there in full length. Then 
 files with the digests, each those that it is about to load, and where one differs the checkpoint is moved to the
 quarantine and the one before is tried. So nothing that the libraries load is damaged, and no attempt is lost on it.
 
-What that costs: SHA-256 runs at 1.6 GB/s per process (measured on one core with SHA instructions), and the content comes
-only once from the volume, since loading then finds it in the page cache. For 7 billion parameters (81 GB) on four ranks
-that is 13 s per start.
+What that costs: SHA-256 runs at 1.6 GB/s per process (measured on one core with SHA instructions), and the content
+comes only once from the volume, since loading then finds it in the page cache. For 7 billion parameters (81 GB) on four
+ranks that is 13 s per start.
 """
 
 from __future__ import annotations
