@@ -13,12 +13,14 @@ from typing import Any
 
 from finetune_contract.reports import Metric, Phase
 from finetune_contract.reports import Reason as PodReason
+from finetune_contract.run_config import LONGEST_PAUSE_SECONDS
 
 from .conditions import Reason, Type
 from .manifests.run_config import build_run_config, count_global_batch
 from .manifests.training import build_attempt, build_disruption_budget, build_training_service
 from .observed import Job, Pod, earliest_start
 from .phases import storage_full
+from .policies.exclusion import exclude_node, list_current
 from .policies.failure import Diagnosis, explain_failure, is_on_lost_node
 from .policies.restart import judge_failure, next_start
 from .record import Attempt, Failure, Record, Terminal, to_text
@@ -31,7 +33,10 @@ RUNNING = Situation("Training", Reason.RUNNING, "training")
 LOST_POD_SECONDS = 60
 """A pod that is still there so long after it should have ended is on a lost node; the workspace's fence stops it from
 writing."""
-UNCOUNTED_ENDS = frozenset({str(Reason.SUSPENDED)})
+NO_REPORT_SECONDS = LONGEST_PAUSE_SECONDS + 60
+"""The pods end ranks that hang by themselves, and say where: so much later than they would at the latest, they are
+taken for gone."""
+UNCOUNTED_ENDS = frozenset({str(Reason.SUSPENDED), str(Reason.UNSCHEDULABLE)})
 """Ends of an attempt that are no failure."""
 
 
@@ -52,7 +57,9 @@ def next_training_step(view: View) -> Step | None:
     if job.is_succeeded:
         return _record_success(view, attempt, job)
     if job.is_failed:
-        diagnosis = explain_failure(job, view.observed.pods_of(job), view.now)
+        plan = view.plan
+        pods, nodes = view.observed.pods_of(job), plan.run.topology.nodes
+        diagnosis = explain_failure(job, pods, view.now, num_pods=nodes, memory=plan.resources.memory)
         return close_attempt(view, attempt, job, diagnosis)
     if job.is_deleting:
         return wait_for_job(view, job, STARTING)
@@ -63,6 +70,7 @@ def start_attempt(view: View, record: Record) -> WriteRecord:
     """Return the step that remembers the next attempt; its Job is made in a later pass."""
     number = record.attempt.number + 1 if record.attempt else 1
     attempt = Attempt(number=number, job=view.plan.names.training_job(number), digest=view.plan.digest)
+    record = dataclasses.replace(record, excluded_nodes=list_current(record.excluded_nodes, view.now))
     # Refused here, before the attempt is remembered and has pods, where the global batch cannot be kept.
     batch = count_global_batch(view.plan, build_run_config(view.plan, record, number))
     return WriteRecord(dataclasses.replace(record.with_attempt(attempt), global_batch=batch), STARTING)
@@ -192,7 +200,9 @@ def close_attempt(view: View, attempt: Attempt, job: Job | None, diagnosis: Diag
         # Nothing comes after it: what it did beyond its newest checkpoint is lost.
         record = settle_work(record, ended.number + 1, ended.last_step)
         return write_failure(view, Phase.TRAIN, verdict.reason, verdict.message, record)
-    excluded = {verdict.excluded_node: failure.reason} if verdict.excluded_node else {}
+    excluded = record.excluded_nodes
+    if verdict.excluded_node:
+        excluded = exclude_node(excluded, verdict.excluded_node, failure.reason, view.now)
     reasons = dict(record.restarts_by_reason)
     reasons[failure.reason] = reasons.get(failure.reason, 0) + 1
     record = dataclasses.replace(
@@ -200,7 +210,7 @@ def close_attempt(view: View, attempt: Attempt, job: Job | None, diagnosis: Diag
         restarts=record.restarts + 1,
         restarts_counted=record.restarts_counted + int(verdict.is_counted),
         restarts_by_reason=reasons,
-        excluded_nodes={**record.excluded_nodes, **excluded},
+        excluded_nodes=excluded,
     )
     return WriteRecord(record, _restarting(ended))
 
@@ -275,6 +285,8 @@ def _next_while_running(view: View, attempt: Attempt, job: Job) -> Step:
         return _next_while_training(view, attempt, job, running)
     waited = view.seconds_since(job.created_at)
     waiting = wait_for_job(view, job, _describe_start(attempt, len(running), nodes))
+    if waiting.situation.reason == Reason.UNSCHEDULABLE and waiting.situation.is_stalled and view.record.excluded_nodes:
+        return _readmit_node(view, attempt, job)
     if deadline and waited >= deadline and not any(pod.is_over for pod in pods):
         message = (
             f"attempt {attempt.number}: {len(running)} of {nodes} pods ran after {int(waited)} s, where "
@@ -285,6 +297,15 @@ def _next_while_running(view: View, attempt: Attempt, job: Job) -> Step:
         due = job.created_at + datetime.timedelta(seconds=deadline)
         return dataclasses.replace(waiting, until=min(due, waiting.until or due))
     return waiting
+
+
+def _readmit_node(view: View, attempt: Attempt, job: Job) -> WriteRecord:
+    """Return the step that gives up an attempt which fits nowhere, and allows the next one the oldest excluded node."""
+    oldest, *others = view.record.excluded_nodes
+    message = f"without node {oldest.node}, which was avoided ({oldest.reason}), the pods fit nowhere: it is used again"
+    ended = _end(view, attempt, job, Reason.UNSCHEDULABLE, message)
+    record = dataclasses.replace(_learn(view, ended, {}), excluded_nodes=tuple(others))
+    return WriteRecord(record, dataclasses.replace(STARTING, message=message))
 
 
 def _describe_start(attempt: Attempt, num_running: int, nodes: int) -> Situation:
@@ -308,10 +329,15 @@ def _next_while_training(view: View, attempt: Attempt, job: Job, pods: list[Pod]
     moved = progress.moved_at if progress is not None and progress.attempt == attempt.number else None
     times = [time for time in (moved, earliest_start(pods), view.observed.progress_since) if time is not None]
     since = max(times, default=view.now)
-    if view.seconds_since(since) < deadline:
-        return Wait(situation, until=since + datetime.timedelta(seconds=deadline))
-    message = f"Job {job.name} has made no step for {deadline} s (failurePolicy.progressDeadlineSeconds)"
-    failure = Failure(to_text(view.now), Reason.NO_PROGRESS, message)
+    limit = deadline + NO_REPORT_SECONDS
+    if view.seconds_since(since) < limit:
+        return Wait(situation, until=since + datetime.timedelta(seconds=limit))
+    message = (
+        f"Job {job.name} has reported no step for {limit} s, and its pods have not ended by themselves after "
+        f"{deadline} s (failurePolicy.progressDeadlineSeconds)"
+    )
+    pod = pods[0]
+    failure = Failure(to_text(view.now), PodReason.NO_PROGRESS, message, pod=pod.name, node=pod.node)
     return close_attempt(view, attempt, job, Diagnosis(failure, True, True, False))
 
 

@@ -23,6 +23,11 @@ def select_events(old: Previous, new: Previous) -> list[tuple[str, str, str]]:
         elif each.type == Type.SCHEDULED and each.status == "False":
             events.append(("Warning", each.reason, each.message))
     events += _select_attempt_events(old, new)
+    avoided = {(each.name, each.until) for each in old.excluded_nodes}
+    for node in new.excluded_nodes:
+        if (node.name, node.until) not in avoided:
+            text = f"node {node.name} is avoided until {node.until:%Y-%m-%dT%H:%M:%SZ}: {node.reason}"
+            events.append(("Warning", "NodeExcluded", text))
     lost = new.last_failure
     if lost is not None and lost.reason == Reason.WORKSPACE_LOST and lost != old.last_failure:
         events.append(("Warning", lost.reason, lost.message))

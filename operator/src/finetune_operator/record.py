@@ -76,6 +76,16 @@ class Failure:
 
 
 @dataclasses.dataclass(frozen=True)
+class Exclusion:
+    """One node that the job avoids."""
+
+    node: str
+    reason: str
+    until: str
+    """When it may be used again."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Terminal:
     """How the job ended."""
 
@@ -127,8 +137,8 @@ class Record:
     """UID of the workspace's claim once data lies on it: another claim of that name is an empty one."""
     expected_digests: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Digests of data and model that were on a workspace since lost: prepared anew, they must be the same."""
-    excluded_nodes: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """Node to reason."""
+    excluded_nodes: tuple[Exclusion, ...] = ()
+    """Nodes that the next attempt avoids, the oldest first."""
     last_failure: Failure | None = None
     deployed_digest: str = ""
     """Digest that the endpoint served when it was ready last; empty: never yet."""
@@ -171,6 +181,7 @@ def read_record(text: str) -> Record:
     fields["attempts"] = tuple(
         Attempt(**{**_known(Attempt, each), "nodes": tuple(each.get("nodes", ()))}) for each in data.get("attempts", ())
     )
+    fields["excluded_nodes"] = tuple(Exclusion(**_known(Exclusion, each)) for each in data.get("excluded_nodes", ()))
     failure, terminal = data.get("last_failure"), data.get("terminal")
     fields["last_failure"] = Failure(**_known(Failure, failure)) if failure else None
     fields["terminal"] = Terminal(**_known(Terminal, terminal)) if terminal else None

@@ -29,6 +29,7 @@ from .figures import (
 )
 from .observed import Observed
 from .plan import Plan
+from .policies.exclusion import list_current
 from .steps import Finish, Situation, Step
 
 Wanted = dict[Type, tuple[str, str, str]]
@@ -54,7 +55,10 @@ def build_status(plan: Plan, observed: Observed, step: Step, previous: Previous,
             "attempts": [build_attempt(observed, each) for each in record.attempts],
             "restarts": record.restarts + count_in_pod_restarts(observed),
             "restarts_count_towards_max": record.restarts_counted + count_in_pod_restarts(observed),
-            "excluded_nodes": [{"name": name, "reason": why} for name, why in record.excluded_nodes.items()],
+            "excluded_nodes": [
+                {"name": each.node, "reason": each.reason, "until": records.to_time(each.until)}
+                for each in list_current(record.excluded_nodes, now)
+            ],
             "last_failure": build_failure(record),
             "resolved": build_resolved(plan, observed),
             "dataset": build_dataset(record),

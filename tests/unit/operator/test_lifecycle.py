@@ -10,7 +10,7 @@ from finetune_contract.reports import Metric, Phase, ProgressReport
 from finetune_operator.errors import InvalidJobError
 from finetune_operator.lifecycle import next_step
 from finetune_operator.observed import Claim, Endpoint, Observed, PodCondition, Progress
-from finetune_operator.record import Failure, Record, Terminal, to_text
+from finetune_operator.record import Exclusion, Failure, Record, Terminal, read_record, to_text
 from finetune_operator.steps import Apply, Create, Finish, Remove, SetFinalizer, Wait, WriteRecord
 from tests.support.operator_parts import (
     NOW,
@@ -309,16 +309,18 @@ def test_pods_that_do_not_run_in_time_end_the_job():
 
 
 @pytest.mark.parametrize(("moved", "is_over"), [(None, True), (5, True), (15, False)])
-def test_an_attempt_that_makes_no_step_is_restarted(moved, is_over):
+def test_an_attempt_whose_pods_end_no_hang_by_themselves_is_restarted(moved, is_over):
     plan = make_test_plan(failurePolicy={"progressDeadlineSeconds": 20})
     job = make_training_job(plan)
     report = ProgressReport(5, None, {Metric.STEP: 3.0}, "")
     progress = Progress(report, NOW, None, NOW + seconds(moved), 1) if moved is not None else None
     world = make_training_world(plan, make_pod(job), job=job, progress=progress, progress_since=NOW)
-    step = look(plan, world)
+    # The pods' own deadline, the longest pause that they allow, and a minute: 1,880 s after the last step.
+    step = look(plan, world, NOW + seconds(1890))
     assert isinstance(step, WriteRecord if is_over else Wait)
     if is_over:
         assert step.record.attempt.reason == "NoProgress"
+        assert isinstance(look(plan, world, NOW + seconds(1870)), Wait)
 
 
 def test_a_restarted_operator_gives_progress_time_to_arrive():
@@ -517,3 +519,37 @@ def test_restarts_inside_a_pod_use_up_the_restarts_of_the_job():
     plan = make_test_plan(failurePolicy={"maxRestarts": 2})
     step = end_attempt(plan, details={"in_pod_restarts": 2})
     assert step.record.terminal.reason == "RestartsExhausted"
+
+
+def test_a_broken_device_keeps_the_next_attempts_off_its_node_for_a_day():
+    plan = make_test_plan()
+    record = end_attempt(plan, 81, "XidError").record
+    (avoided,) = record.excluded_nodes
+    assert (avoided.node, avoided.reason) == ("node-0", "XidError")
+    assert read_record(record.to_json()) == record
+    tomorrow = look(plan, make_observed(plan, record), NOW + seconds(25 * 3600))
+    assert (tomorrow.record.attempt.number, tomorrow.record.excluded_nodes) == (2, ())
+    later = look(plan, make_observed(plan, record), NOW + seconds(3600))
+    assert later.record.excluded_nodes == (avoided,)
+
+
+def test_a_node_that_was_avoided_is_used_again_when_the_pods_fit_nowhere_else():
+    plan = make_test_plan()
+    avoided = tuple(Exclusion(name, "XidError", "2099-01-01T00:00:00Z") for name in ("older", "newer"))
+    record = make_record(
+        Phase.INSPECT, Phase.PREPARE, attempts=(make_attempt(plan),), claim_uid="claim", excluded_nodes=avoided
+    )
+    nowhere = {"PodScheduled": PodCondition("False", "Unschedulable", "0/2 nodes are available", NOW)}
+    job = make_training_job(plan)
+    pod = make_pod(job, phase="Pending", node="", started_at=None, conditions=nowhere)
+    world = make_training_world(plan, pod, job=job, record=record)
+    assert isinstance(look(plan, world, NOW + seconds(60)), Wait)
+    step = look(plan, world, NOW + seconds(3600))
+    assert [each.node for each in step.record.excluded_nodes] == ["newer"]
+    assert (step.record.attempt.reason, step.record.restarts, step.record.restarts_counted) == ("Unschedulable", 0, 0)
+    assert "without node older" in step.record.attempt.message
+
+
+def test_the_pods_learn_the_deadline_of_their_steps():
+    plan = make_test_plan(failurePolicy={"progressDeadlineSeconds": 600})
+    assert plan.run.progress_deadline_seconds == 600

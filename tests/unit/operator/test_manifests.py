@@ -13,6 +13,7 @@ from finetune_operator.manifests.memory import build_plan_map, build_record_map
 from finetune_operator.manifests.phases import build_phase
 from finetune_operator.manifests.training import build_attempt, build_disruption_budget, build_training_service
 from finetune_operator.manifests.workspace import build_workspace_claim
+from finetune_operator.record import Exclusion
 from tests.support.operator_parts import make_record, make_settings, make_test_plan
 
 PHASES = (Phase.INSPECT, Phase.PREPARE, Phase.PROMOTE, Phase.EVALUATE, Phase.PUBLISH)
@@ -172,7 +173,9 @@ def test_what_a_user_writes_about_nodes_is_joined_with_the_preset():
 
 def test_training_refuses_voluntary_eviction_and_leaves_excluded_nodes_alone():
     plan = cpu_plan()
-    record = make_record(Phase.INSPECT, Phase.PREPARE, excluded_nodes={"bad-node": "XidError"})
+    record = make_record(
+        Phase.INSPECT, Phase.PREPARE, excluded_nodes=(Exclusion("bad-node", "XidError", "2099-01-01T00:00:00Z"),)
+    )
     template = build_attempt(plan, record, 3, "CA")[1]["spec"]["template"]
     assert template["metadata"]["annotations"]["cluster-autoscaler.kubernetes.io/safe-to-evict"] == "false"
     assert requirements(template["spec"]) == [

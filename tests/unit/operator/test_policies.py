@@ -13,6 +13,7 @@ from finetune_operator.api.v1alpha1 import FailureRule, Gate
 from finetune_operator.observed import Claim, PodCondition
 from finetune_operator.plan import FailurePlan
 from finetune_operator.policies.blockers import find_claim_blocker, find_job_blocker, find_pod_blocker
+from finetune_operator.policies.exclusion import exclude_node, list_current
 from finetune_operator.policies.failure import choose_first_failed, explain_failure, explain_pod
 from finetune_operator.policies.promotion import find_failed_gate
 from finetune_operator.policies.restart import LONGEST_DELAY_SECONDS, delay_seconds, judge_failure
@@ -37,8 +38,8 @@ def make_policy(max_restarts=5, *rules) -> FailurePlan:
     return FailurePlan(max_restarts, 0, tuple(FailureRule.model_validate(rule) for rule in rules))
 
 
-def make_failed(code=1, reason="RankFailed", message="boom", index=0, after=10.0, **fields):
-    report = make_report("train", code, reason, message)
+def make_failed(code=1, reason="UserCodeError", message="boom", index=0, *, after=10.0, details=None, **fields):
+    report = make_report("train", code, reason, message, rank=0, details=details or {})
     return make_pod(JOB, index, phase="Failed", exit=make_exit(code, report=report, after=after), **fields)
 
 
@@ -103,14 +104,14 @@ def test_a_job_whose_pods_are_gone_was_interrupted():
     assert (diagnosis.failure.reason, diagnosis.is_counted) == ("PodDeleted", False)
 
 
-@pytest.mark.parametrize("code", [64, 65, 66, 70, 77, 78, 79])
+@pytest.mark.parametrize("code", [64, 65, 66, 70, 77, 78, 79, 84])
 def test_exit_codes_that_would_only_repeat_are_final(code):
     verdict = judge_failure(explain_pod(make_failed(code), NOW), make_policy(), 0)
     assert verdict.gives_up
-    assert verdict.reason == "RankFailed"
+    assert verdict.reason == "UserCodeError"
 
 
-@pytest.mark.parametrize("code", [1, 69, 73, 80, 137])
+@pytest.mark.parametrize("code", [1, 69, 73, 80, 81, 82, 83, 85, 137])
 def test_other_exit_codes_are_tried_again(code):
     assert not judge_failure(explain_pod(make_failed(code), NOW), make_policy(), 0).gives_up
 
@@ -130,7 +131,7 @@ def test_only_counted_failures_use_up_the_restarts():
         ("RestartJob", False, True, ""),
         ("RestartJobIgnoreLimit", False, False, ""),
         ("FailJob", True, False, ""),
-        ("ExcludeNode", False, False, "node-0"),
+        ("ExcludeNode", False, True, "node-0"),
     ],
 )
 def test_a_rule_that_applies_decides(action, gives_up, is_counted, excluded):
@@ -146,13 +147,18 @@ def test_a_rule_that_applies_decides(action, gives_up, is_counted, excluded):
         ({"onExitCodes": {"values": [2]}}, False),
         ({"onLogPattern": "Xid .* 79"}, True),
         ({"onLogPattern": "Xid .* 13"}, False),
-        ({"onLogPattern": "(unclosed"}, False),
+        ({"onLogPattern": "^RuntimeError: .*ECC"}, True),
+        ({"onLogPattern": "boom.*Runtime"}, False),
+        ({"onLogPattern": "step 4$"}, True),
         ({"onPodConditions": [{"type": "DisruptionTarget"}]}, True),
         ({"onPodConditions": [{"type": "DisruptionTarget", "status": "False"}]}, False),
     ],
 )
 def test_rules_match_codes_conditions_and_log_lines(rule, applies):
-    failed = make_failed(message="NVRM: Xid (PCI:0000:c1) 79", conditions=disrupted("DeletionByPodGC"))
+    lines = "step 4\nRuntimeError: ECC"
+    failed = make_failed(
+        message="NVRM: Xid (PCI:0000:c1) 79", conditions=disrupted("DeletionByPodGC"), details={"last_lines": lines}
+    )
     verdict = judge_failure(explain_pod(failed, NOW), make_policy(5, {"name": "r", "action": "FailJob", **rule}), 0)
     assert verdict.gives_up == applies
 
@@ -307,3 +313,80 @@ def test_every_phase_has_a_place_in_the_failure_conditions():
     from finetune_operator.status import _PHASE_CONDITIONS
 
     assert set(_PHASE_CONDITIONS) == set(Phase)
+
+
+def test_the_pod_that_raised_explains_those_that_lost_it_within_the_same_second():
+    pods = [
+        make_failed(85, "RankFailed", "lost its peers", index=0, after=10),
+        make_failed(1, "UserCodeError", "the cause", index=1, after=10),
+    ]
+    assert choose_first_failed(pods).index == 1
+
+
+def test_of_two_errors_of_their_own_the_earlier_to_the_millisecond_is_the_cause():
+    pods = [
+        make_failed(index=0, after=10, details={"failed_at": 1000.251}),
+        make_failed(index=1, after=10, details={"failed_at": 1000.250}),
+    ]
+    assert choose_first_failed(pods).index == 1
+
+
+def test_pods_that_lost_one_which_is_gone_are_not_to_blame():
+    lost = make_failed(85, "RankFailed", "lost its peers")
+    diagnosis = explain_failure(JOB, [lost], NOW, num_pods=2)
+    assert (diagnosis.failure.reason, diagnosis.is_counted) == ("PodDeleted", False)
+    assert explain_failure(JOB, [lost], NOW, num_pods=1).failure.reason == "RankFailed"
+
+
+def test_the_rank_that_holds_up_the_others_is_found_over_all_pods():
+    def hung(index, rank, at, waits):
+        stacks = {str(rank): {"at": at, "waits": waits}}
+        return make_failed(83, "NoProgress", "no step", index=index, details={"stacks": stacks})
+
+    pods = [
+        hung(0, 0, "distributed.py:79", True),
+        hung(1, 1, "data.py:7", False),
+        hung(2, 2, "distributed.py:79", True),
+    ]
+    failure = explain_failure(JOB, pods, NOW, num_pods=3).failure
+    assert (failure.pod, failure.node) == ("support-7b-train-1-1", "node-1")
+    assert failure.message.endswith(
+        "over all pods: rank 1 stands at data.py:7; ranks 0, 2 wait for the others at distributed.py:79"
+    )
+
+
+def test_a_message_names_pod_node_code_rank_and_the_last_lines():
+    details = {"last_lines": "one\ntwo\nthree\nfour\nboom"}
+    message = explain_pod(make_failed(message="boom", details=details), NOW).failure.message
+    assert message == (
+        "pod support-7b-train-1-0 on node node-0 (exit code 1): rank 0: boom; last lines: two | three | four"
+    )
+
+
+def test_a_pod_out_of_memory_fails_at_once_with_the_memory_to_ask_for():
+    pod = make_pod(JOB, phase="Failed", exit=make_exit(137, "OOMKilled"))
+    diagnosis = explain_failure(JOB, [pod], NOW, memory="64Gi")
+    assert diagnosis.failure.hint == "raise resources.memory, which is 64Gi, to 96Gi"
+    assert judge_failure(diagnosis, make_policy(), 0).reason == "OutOfMemoryKilled"
+
+
+def test_a_broken_device_is_restarted_elsewhere_and_counts():
+    verdict = judge_failure(explain_pod(make_failed(81, "XidError"), NOW), make_policy(), 0)
+    assert (verdict.gives_up, verdict.is_counted, verdict.excluded_node) == (False, True, "node-0")
+    rule = {"name": "stay", "onExitCodes": {"values": [81]}, "action": "RestartJob"}
+    assert judge_failure(explain_pod(make_failed(81, "XidError"), NOW), make_policy(5, rule), 0).excluded_node == ""
+
+
+def test_restarts_elsewhere_are_used_up_as_others_are():
+    rule = {"name": "mine", "onExitCodes": {"values": [1]}, "action": "ExcludeNode"}
+    assert judge_failure(explain_pod(make_failed(), NOW), make_policy(2, rule), 2).reason == "RestartsExhausted"
+
+
+def test_a_job_avoids_a_few_nodes_each_for_a_day():
+    exclusions = ()
+    for number in range(6):
+        exclusions = exclude_node(exclusions, f"node-{number}", "XidError", NOW + seconds(number))
+    assert [each.node for each in exclusions] == ["node-2", "node-3", "node-4", "node-5"]
+    assert list_current(exclusions, NOW + seconds(24 * 3600 + 3)) == exclusions[2:]
+    again = exclude_node(exclusions, "node-3", "mine", NOW + seconds(60))
+    assert [each.node for each in again] == ["node-2", "node-4", "node-5", "node-3"]

@@ -68,7 +68,9 @@ def build_attempt(plan: Plan, record: Record, number: int, progress_ca: str) -> 
         environment.NOTICE_SECONDS: str(choose_notice_seconds(plan, grace_seconds)),
         environment.SAVE_SECONDS: f"{expect_save_seconds(plan, record):.1f}",
     }
-    pod_spec = build_pod_spec(plan, _container(plan, name, own), avoid_nodes(sorted(record.excluded_nodes)))
+    pod_spec = build_pod_spec(
+        plan, _container(plan, name, own), avoid_nodes([each.node for each in record.excluded_nodes])
+    )
     pod_spec |= {
         "subdomain": plan.names.training_service,
         "terminationGracePeriodSeconds": grace_seconds,

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import re
 
+from finetune_operator.api.patterns import compile_pattern
 from finetune_operator.api.v1alpha1 import FailureRule
 from finetune_operator.conditions import Reason
 from finetune_operator.plan import FailurePlan
@@ -40,15 +40,22 @@ def judge_failure(diagnosis: Diagnosis, policy: FailurePlan, restarts_counted: i
         return Verdict(False, True, Reason.FAILED_BY_RULE, f"failurePolicy rule {rule.name}: {failure.advice}")
     if rule is None and not diagnosis.is_retried:
         return Verdict(False, True, failure.reason, failure.advice)
-    is_counted = diagnosis.is_counted if rule is None else rule.action == "RestartJob"
+    is_counted = _is_counted(rule, diagnosis)
     if is_counted and restarts_counted >= policy.max_restarts:
         message = (
             f"{restarts_counted} of {policy.max_restarts} restarts (failurePolicy.maxRestarts) are used up; "
             f"last failure {failure.reason}: {failure.advice}"
         )
         return Verdict(True, True, Reason.RESTARTS_EXHAUSTED, message)
-    excluded = failure.node if rule is not None and rule.action == "ExcludeNode" else ""
-    return Verdict(is_counted, False, "", excluded_node=excluded)
+    is_excluded = diagnosis.is_node_at_fault if rule is None else rule.action == "ExcludeNode"
+    return Verdict(is_counted, False, "", excluded_node=failure.node if is_excluded else "")
+
+
+def _is_counted(rule: FailureRule | None, diagnosis: Diagnosis) -> bool:
+    """Does the restart use up one of failurePolicy.maxRestarts? Another node alone gives no more of them."""
+    if rule is None or rule.action == "ExcludeNode":
+        return diagnosis.is_counted
+    return rule.action == "RestartJob"
 
 
 def is_matching(rule: FailureRule, diagnosis: Diagnosis) -> bool:
@@ -58,10 +65,10 @@ def is_matching(rule: FailureRule, diagnosis: Diagnosis) -> bool:
         return code != 0 and (code in rule.on_exit_codes.values) == (rule.on_exit_codes.operator == "In")
     if rule.on_pod_conditions:
         return any((each.type, each.status) in diagnosis.conditions for each in rule.on_pod_conditions)
-    try:
-        return re.search(rule.on_log_pattern or "(?!)", diagnosis.log) is not None
-    except re.error:
+    if rule.on_log_pattern is None:
         return False
+    pattern = compile_pattern(rule.on_log_pattern)
+    return any(pattern.matches(line) for line in diagnosis.lines)
 
 
 def next_start(record: Record, attempt: Attempt) -> datetime.datetime:
