@@ -155,16 +155,6 @@ def test_an_older_attempt_stops_without_writing_when_a_newer_one_owns_the_worksp
     assert len(committed) <= 2
 
 
-def test_another_number_of_processes_is_refused_with_what_would_work(make_run):
-    run = make_run()
-    run.train("training.max_steps=2")
-
-    assert run.call("train", "training.max_steps=4", "topology.processes_per_node=1") == ExitCode.CONFIG
-    report = run.report("train")
-    assert "saved by 2 processes" in report["message"]
-    assert "nodes x processesPerNode is 2" in report["hint"]
-
-
 def test_the_best_and_the_latest_checkpoints_stay(make_run):
     settings = ("checkpoint.every_steps=2", "checkpoint.keep_latest=1", "checkpoint.keep_best=1")
     # The rate rises to nonsense, so that the best checkpoint is not the newest.
