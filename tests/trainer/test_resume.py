@@ -132,7 +132,7 @@ def test_a_rank_that_dies_for_good_is_named_with_its_cause(make_run):
     run.wait_for_checkpoint(2)
     os.kill(_children(pid)[-1], signal.SIGKILL)
 
-    assert reap(pid) == ExitCode.USER_CODE
+    assert reap(pid) == 128 + signal.SIGKILL
     report = run.report("train")
     assert (report["reason"], report["rank"]) == (Reason.KILLED, 1)
     assert "rank 1 was killed by SIGKILL" in report["message"]
