@@ -237,3 +237,33 @@ def test_secrets_that_a_pod_prints_reach_neither_status_nor_events_nor_the_log(j
     assert "[redacted]" in everything
     assert token not in everything
     assert key not in everything
+
+
+def test_a_node_with_a_broken_device_is_avoided_by_the_next_attempt(job, kubelet):
+    job.apply().prepare()
+    (pod,) = job.train()
+    kubelet.fail(pod, 81, "XidError", "rank 0: NVRM: Xid (PCI:0000:c1:00): 79, GPU has fallen off the bus.")
+    (pod,) = kubelet.wait_for_pods("faulty", "train", attempt=2)
+    terms = pod["spec"]["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+    (term,) = terms["nodeSelectorTerms"]
+    avoided = {"key": "kubernetes.io/hostname", "operator": "NotIn", "values": ["node-a"]}
+    assert avoided in term["matchExpressions"]
+    (node,) = job.wait(lambda status: status.get("excludedNodes"))["excludedNodes"]
+    assert (node["name"], node["reason"]) == ("node-a", "XidError")
+    assert node["until"] > job.status()["lastFailure"]["time"]
+    assert "node node-a is avoided until" in job.wait_for_event("NodeExcluded")["message"]
+
+
+def test_a_hang_names_the_pod_whose_rank_holds_up_the_others(job, kubelet):
+    job.apply(resources={"nodes": 2}, failurePolicy={"progressDeadlineSeconds": 600}).prepare()
+    pods = job.train(count=2)
+    run = job.child("/api/v1", "configmaps", "faulty-train-1")
+    assert json.loads(run["data"]["run.json"])["progress_deadline_seconds"] == 600
+    stuck = pods[0]
+    for rank, pod in enumerate(pods):
+        place = {"at": "data.py:7 in read" if pod is stuck else "distributed.py:79 in any", "waits": pod is not stuck}
+        kubelet.fail(pod, 83, "NoProgress", "no step for 600 s", details={"stacks": {str(rank): place}})
+    failure = job.wait(lambda status: status.get("lastFailure"))["lastFailure"]
+    assert (failure["reason"], failure["exitCode"], failure["pod"]) == ("NoProgress", 83, stuck["metadata"]["name"])
+    assert "rank 0 stands at data.py:7 in read; rank 1 waits for the others" in failure["message"]
+    kubelet.wait_for_pods("faulty", "train", count=2, attempt=2)

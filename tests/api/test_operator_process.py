@@ -168,15 +168,23 @@ def test_an_api_server_that_was_away_is_heard_again(make_operator, kubelet, rest
     assert (status["restarts"], process.is_running()) == (1, True)
 
 
-def test_attempts_without_progress_are_restarted_after_the_deadline(make_operator, kubelet):
-    make_operator("one").start().wait_until_healthy()
-    job = PlayedJob(kubelet, "hung").apply(failurePolicy={"progressDeadlineSeconds": 2}).prepare()
+def test_counters_and_avoided_nodes_survive_a_restart_of_the_operator(make_operator, kubelet):
+    process = make_operator("one").start().wait_until_healthy()
+    rule = {"name": "flaky", "onLogPattern": "^link [0-9]+ down", "action": "RestartJobIgnoreLimit"}
+    job = PlayedJob(kubelet, "counted").apply(failurePolicy={"maxRestarts": 1, "rules": [rule]}).prepare()
     (pod,) = job.train()
-    eventually(lambda: "train-1" not in job.jobs(), within=20, otherwise=job.describe)
-    kubelet.end(pod, 137, "")
-    kubelet.let_go("hung")
-    kubelet.wait_for_pods("hung", "train", attempt=2)
-    assert job.status()["attempts"][0]["reason"] == "NoProgress"
+    kubelet.fail(pod, 81, "XidError", "rank 0: Xid 79")
+    (pod,) = job.train(attempt=2)
+    kubelet.fail(pod, 1, "UserCodeError", "rank 0: boom", details={"last_lines": "step 3\nlink 4 down"})
+    kubelet.wait_for_pods("counted", "train", attempt=3)
+    process.kill()
+    make_operator("two").start().wait_until_healthy()
+    (pod,) = job.train(attempt=3)
+    kubelet.fail(pod, 1, "UserCodeError", "rank 0: boom")
+    status = job.wait_for_state("Failed")
+    assert (status["restarts"], status["restartsCountTowardsMax"]) == (2, 1)
+    assert job.condition("Finished")["reason"] == "RestartsExhausted"
+    assert [each["name"] for each in status["excludedNodes"]] == ["node-a"]
 
 
 def test_metrics_and_health_tell_how_it_is(make_operator, kubelet):
