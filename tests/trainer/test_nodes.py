@@ -61,7 +61,7 @@ def test_a_pod_that_lost_the_other_says_so_and_does_not_blame_itself(make_run, t
     os.killpg(second, signal.SIGKILL)
 
     assert reap(second) == -signal.SIGKILL
-    assert reap(first) == ExitCode.UNAVAILABLE
+    assert reap(first) == ExitCode.PEERS_LOST
     report = json.loads((tmp_path / "termination-0").read_text())
     assert report["reason"] == Reason.RANK_FAILED
     assert "lost its peers" in report["message"]
