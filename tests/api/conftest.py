@@ -100,6 +100,20 @@ def restart_api_server(crd):
     _run_tool("start", "apiserver")
 
 
+@pytest.fixture(scope="module")
+def run_component(api_server):
+    """A function that runs a further component of the cluster until the module is done."""
+    started = []
+
+    def run(name):
+        _run_tool("start", name)
+        started.append(name)
+
+    yield run
+    for name in started:
+        _run_tool("stop", name)
+
+
 @pytest.fixture
 def kubelet(rest, namespace):
     """The test plays the kubelet of its namespace."""

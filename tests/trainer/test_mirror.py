@@ -12,8 +12,8 @@ from finetune_contract.reports import ExitCode
 from finetune_trainer.checkpoints.mirror_state import read_mirror_state
 from finetune_trainer.storage import s3_upload
 from tests.support.s3_server import running_s3
-from tests.support.waiting import eventually
 from tests.support.training_runs import end_state, kill_group, reap
+from tests.support.waiting import eventually
 
 
 @pytest.fixture

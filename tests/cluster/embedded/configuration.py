@@ -85,14 +85,19 @@ def build_prometheus_configuration(cluster: Cluster) -> Object:
     return {"global": {"scrape_interval": "2s", "scrape_timeout": "2s"}, "scrape_configs": [job]}
 
 
-def build_first_objects(cluster: Cluster) -> list[Object]:
-    """Storage classes, the DNS Service and the S3 Service; the last two lead to processes on the node."""
-    namespace = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": SYSTEM_NAMESPACE}}
+def build_storage_classes() -> list[Object]:
+    """The classes that the provisioner serves; `standard` is the default."""
     return [
-        namespace,
         _build_storage_class("standard", {}, default=True),
         _build_storage_class("limited", {"limited": "true"}),
         _build_storage_class("zonal", {"topology": "zone"}),
+    ]
+
+
+def build_node_services(cluster: Cluster) -> list[Object]:
+    """Services that lead to processes on the node: DNS, S3, Prometheus."""
+    return [
+        {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": SYSTEM_NAMESPACE}},
         *_build_node_service(cluster, "kube-system", "kube-dns", {"dns": ("UDP", 53), "dns-tcp": ("TCP", 53)}),
         *_build_node_service(cluster, SYSTEM_NAMESPACE, "s3", {"http": ("TCP", 7070)}),
         *_build_node_service(cluster, SYSTEM_NAMESPACE, "prometheus", {"http": ("TCP", 9090)}),

@@ -20,10 +20,11 @@ from .certificates import write_certificates
 from .components import Component, Programs
 from .configuration import (
     build_corefile,
-    build_first_objects,
     build_kubelet_configuration,
+    build_node_services,
     build_prometheus_configuration,
     build_proxy_configuration,
+    build_storage_classes,
 )
 from .errors import ClusterError
 from .layout import CLUSTERS, IMAGE_NAMESPACE, S3_REGION, Cluster, held_lock
@@ -122,9 +123,11 @@ def _start_in_order(cluster: Cluster, wanted: list[Component], init_pid: int) ->
 def _finish(cluster: Cluster, level: str) -> None:
     if level != "api":
         import_pause_image(cluster, build_program(PAUSE))
-    if level == "node":
-        manifest = {"apiVersion": "v1", "kind": "List", "items": build_first_objects(cluster)}
+    if level != "runtime":
+        objects = build_storage_classes() + (build_node_services(cluster) if level == "node" else [])
+        manifest = {"apiVersion": "v1", "kind": "List", "items": objects}
         run_kubectl(cluster, ["apply", "--server-side", "-f", "-"], json.dumps(manifest))
+    if level == "node":
         run_kubectl(cluster, ["wait", "--for=condition=Ready", f"node/{cluster.node_name}", "--timeout=60s"])
     if level != "runtime" and not wait_until(lambda: _has_default_account(cluster), 30):
         raise ClusterError(

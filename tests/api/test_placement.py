@@ -94,9 +94,11 @@ def _make_node(name, zone, labels=None, taints=(), gpus=0):
 
 
 @pytest.fixture(scope="module")
-def nodes(world, operator):
+def nodes(operator, api_server, run_component):
     """Two nodes of each pool in the right zone, one in another, a GPU node of no pool, and one for preparation."""
-    world.tool("start", "kwok")
+    run_component("scheduler")
+    run_component("kwok")
+    run_component("provisioner")
     mine = {"key": ONLY_HERE["key"], "value": "yes", "effect": "NoSchedule"}
     made = [
         _make_node("prepare-zone-1", "zone-1", taints=(mine,)),
@@ -107,14 +109,11 @@ def nodes(world, operator):
         for index, zone in enumerate(("zone-1", "zone-1", "zone-2")):
             made.append(_make_node(f"{pool.preset}-{index}", zone, pool.labels, (*pool.taints, mine), gpus=4))
     for node in made:
-        world.cluster.apply(node)
+        api_server.apply(node)
         patch = json.dumps({"status": node["status"]})
-        world.cluster.run(
-            "patch", "node", node["metadata"]["name"], "--subresource=status", "--type=merge", "-p", patch
-        )
+        api_server.run("patch", "node", node["metadata"]["name"], "--subresource=status", "--type=merge", "-p", patch)
     yield made
-    world.cluster.run("delete", "nodes", *(node["metadata"]["name"] for node in made))
-    world.tool("stop", "kwok")
+    api_server.run("delete", "nodes", *(node["metadata"]["name"] for node in made))
 
 
 def _make_pool_job(preset):
@@ -127,7 +126,7 @@ def _make_pool_job(preset):
     )
 
 
-def _end_pod(world, job, pod, report):
+def _end_pod(job, pod, report):
     terminated = {
         "exitCode": report.exit_code,
         "reason": "Completed",
@@ -139,34 +138,35 @@ def _end_pod(world, job, pod, report):
     status = {"phase": "Succeeded", "containerStatuses": [{**state, "state": {"terminated": terminated}}]}
     name = pod["metadata"]["name"]
     patch = json.dumps({"status": status})
-    world.cluster.run("patch", "pod", name, "-n", job.namespace, "--subresource=status", "--type=merge", "-p", patch)
+    job.cluster.run("patch", "pod", name, "-n", job.namespace, "--subresource=status", "--type=merge", "-p", patch)
 
 
 @pytest.fixture(scope="module")
-def placed(world, nodes, make_namespace):
+def placed(api_server, nodes):
     """One two-node job per preset, brought to where its training pods run; (job, preparation pod, training pods)."""
-    namespace = make_namespace("placement")
-    jobs = {pool.preset: apply_job(world.cluster, namespace, _make_pool_job(pool.preset)) for pool in POOLS}
-    result = {}
-    for preset, job in jobs.items():
-        prepare = eventually(
-            lambda job=job: _inspect_and_prepare(world, job, nodes), within=300, otherwise=job.describe
-        )
-        _end_pod(world, job, prepare, PREPARED)
-        train = eventually(lambda job=job: _running(job, "train", 2), within=300, otherwise=job.describe)
-        result[preset] = (job, prepare, train)
-    yield result
+    namespace = "placement"
+    api_server.run("create", "namespace", namespace)
+    jobs = {pool.preset: apply_job(api_server, namespace, _make_pool_job(pool.preset)) for pool in POOLS}
+    prepared = {}
+
+    def train():
+        """Play every job's inspecting and preparing pods to their end; all training pods once they run."""
+        for preset, job in jobs.items():
+            for report, component in ((INSPECTED, "inspect"), (PREPARED, "prepare")):
+                for pod in _running(job, component, 1) or ():
+                    prepared[preset] = pod
+                    _end_pod(job, pod, report)
+        running = {preset: _running(job, "train", 2) for preset, job in jobs.items()}
+        return running if all(running.values()) else None
+
+    def describe():
+        return "\n".join(job.describe() for job in jobs.values())
+
+    running = eventually(train, within=240, otherwise=describe)
+    yield {preset: (job, prepared[preset], running[preset]) for preset, job in jobs.items()}
     for job in jobs.values():
-        world.cluster.run("delete", "finetunejob", job.name, "-n", job.namespace, "--timeout=60s")
-
-
-def _inspect_and_prepare(world, job, nodes):
-    """Return the running preparation pod; end the inspecting pod before it, where that runs on one of these nodes."""
-    fake = {node["metadata"]["name"] for node in nodes}
-    for pod in _running(job, "inspect", 1) or ():
-        if pod["spec"]["nodeName"] in fake:
-            _end_pod(world, job, pod, INSPECTED)
-    return next(iter(_running(job, "prepare", 1) or ()), None)
+        api_server.run("delete", "finetunejob", job.name, "-n", job.namespace, "--timeout=60s")
+    api_server.run("delete", "namespace", namespace, "--wait=false")
 
 
 def _running(job, component, count):
@@ -200,7 +200,7 @@ def test_each_node_knows_its_rank_and_where_the_first_one_is(placed):
     assert first["spec"]["subdomain"] == f"{job.name}-train"
 
 
-def test_a_training_pod_refuses_voluntary_eviction(placed, world):
+def test_a_training_pod_refuses_voluntary_eviction(placed):
     job, _, pods = placed["aks-a100"]
     name = pods[0]["metadata"]["name"]
     eviction = {"apiVersion": "policy/v1", "kind": "Eviction", "metadata": {"name": name, "namespace": job.namespace}}
@@ -208,18 +208,18 @@ def test_a_training_pod_refuses_voluntary_eviction(placed, world):
 
     def refused():
         with pytest.raises(ClusterError) as caught:
-            world.cluster.run("create", "--raw", path, "-f", "-", stdin=json.dumps({**eviction, "dryRun": ["All"]}))
+            job.cluster.run("create", "--raw", path, "-f", "-", stdin=json.dumps({**eviction, "dryRun": ["All"]}))
         return "disruption budget" in str(caught.value)
 
     eventually(refused, within=30, otherwise="the eviction was not refused by a disruption budget")
 
 
-def test_a_job_with_a_queue_hands_the_queue_every_child(world, operator, make_namespace):
-    job = apply_job(world.cluster, make_namespace("queue"), make_job("queued", placement={"queueName": "gpus"}))
+def test_a_job_with_a_queue_hands_the_queue_every_child(operator, api_server, namespace):
+    job = apply_job(api_server, namespace, make_job("queued", placement={"queueName": "gpus"}))
     selector = f"finetune.dev/job={job.name}"
 
     def children():
-        return world.cluster.read("jobs", "-n", job.namespace, "-l", selector)["items"]
+        return api_server.read("jobs", "-n", job.namespace, "-l", selector)["items"]
 
     made = eventually(children, within=60, otherwise=job.describe)
     assert all(child["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "gpus" for child in made)
