@@ -39,21 +39,15 @@ test-cluster: venv ## Real pods on the embedded cluster
 test-gpu: venv-trainer ## Needs a GPU; skipped without one
 	@$(PYTHON) tests/run.py gpu
 
-.PHONY: test-faults
-test-faults: venv ## Every fault in every phase on the embedded cluster: hours, not part of `test`
-	@$(PYTHON) tests/run.py faults
-
 ##@ Benchmarks: a table, and build/bench/<name>.json
 
-.PHONY: bench-recovery bench-checkpoint bench-goodput bench-restart
+.PHONY: bench-recovery bench-checkpoint bench-goodput
 bench-recovery: venv-trainer ## Kills at random moments, beside the stock Trainer: KILLS=50 SEED=1
 	@.venv-trainer/bin/python -m tests.bench.recovery --kills "$(or $(KILLS),50)" --seed "$(or $(SEED),1)"
 bench-checkpoint: venv-trainer ## What a save costs training, beside torch.save
 	@.venv-trainer/bin/python -m tests.bench.checkpoint
 bench-goodput: venv-trainer ## Productive share under kills, beside the recipe's cadence
 	@.venv-trainer/bin/python -m tests.bench.goodput
-bench-restart: venv ## From a killed pod to the next step, on the embedded cluster
-	@$(BIN)/python -m tests.bench.restart
 
 ##@ Develop
 

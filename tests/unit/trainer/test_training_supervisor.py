@@ -80,6 +80,23 @@ def test_a_killed_rank_is_restarted_as_often_as_allowed_and_no_more(tmp_path):
     assert (tmp_path / "starts").read_text().count("1\n") == 2
 
 
+def test_ranks_that_crash_while_they_are_asked_to_stop_are_not_restarted(tmp_path):
+    supervisor = os.getpid()
+
+    def work():
+        with (tmp_path / "starts").open("a") as file:
+            file.write("start\n")
+        signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        os.kill(supervisor, signal.SIGTERM)
+        _wait_for_signal()
+
+    with pytest.raises(TrainerError) as caught:
+        run_ranks(work, Topology(processes_per_node=1, in_pod_restarts=3), TrainingConfig())
+
+    assert caught.value.reason == Reason.KILLED
+    assert (tmp_path / "starts").read_text() == "start\n"
+
+
 def test_after_a_crash_the_ranks_go_on_in_the_same_process(tmp_path):
     def work():
         mark = tmp_path / "crashed"

@@ -64,6 +64,8 @@ def run_rank(inputs: Inputs, attempt: int, ledger: WorkLedger) -> tuple[int, dic
     trainer.train(resume_from_checkpoint=checkpoint)
     if saver.has_saved:
         trainer.commit_last()
+    # Where the notice was too short for another save, the one in flight may still be committed.
+    keeper.settle()
     if progress is not None:
         progress.finish(trainer.state)
     _close_trackers(run.training.tracking)

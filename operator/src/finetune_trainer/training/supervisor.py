@@ -76,7 +76,7 @@ def run_ranks(
             stopped = any(end.exit_code == ExitCode.SUSPENDED for end in launch.ends)
             return Outcome(ExitCode.SUSPENDED if stopped else ExitCode.OK, launch.results, num_restarts)
         failure.details["in_pod_restarts"] = num_restarts
-        if failure.reason not in RESTARTABLE or num_restarts == allowed:
+        if launch.is_stopping or failure.reason not in RESTARTABLE or num_restarts == allowed:
             raise failure
         emit_warning("ranks restart in this pod", after=failure.message, restart=num_restarts + 1, allowed=allowed)
     raise AssertionError("unreachable: the last launch returns or raises")
@@ -93,6 +93,7 @@ class _Launch:
         self._heartbeats = Heartbeats(topology.processes_per_node)
         self._hang: stacks.Hang | None = None
         self._folder = pathlib.Path()
+        self.is_stopping = False
         self.ends: list[failures.RankEnd] = []
         self.results: dict[str, Any] = {}
 
@@ -104,6 +105,7 @@ class _Launch:
         try:
             watch = self._fork_all({IN_POD_RESTARTS: str(num_restarts)})
             watch.run()
+            self.is_stopping = watch.is_stopping
             was_full = num_kills is not None and (memory.count_kills() or 0) > num_kills
             self.ends = [
                 dataclasses.replace(

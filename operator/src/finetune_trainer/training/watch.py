@@ -53,6 +53,8 @@ class Watch:
     def __init__(self, due: Due | None = None, on_hang: Callable[[dict[int, int]], None] | None = None) -> None:
         """`on_hang` is given the processes of hung ranks, by rank, before they are ended; without `due` none hangs."""
         self.ranks: dict[int, Reaped] = {}
+        self.is_stopping = False
+        """Whether the pod has been asked to end."""
         self._due = due
         self._on_hang = on_hang
         self._selector = selectors.DefaultSelector()
@@ -72,7 +74,11 @@ class Watch:
 
     def take_signals(self) -> None:
         """Forward SIGTERM to the ranks from here on."""
-        self._previous = signal.signal(signal.SIGTERM, lambda _number, _frame: self._send(signal.SIGTERM))
+        self._previous = signal.signal(signal.SIGTERM, self._stop)
+
+    def _stop(self, number: int, _frame: Any) -> None:
+        self.is_stopping = True
+        self._send(signal.Signals(number))
 
     def run(self) -> None:
         """Return when every rank has ended and its output has been read."""
