@@ -3,7 +3,10 @@
 import contextlib
 import dataclasses
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -34,6 +37,14 @@ def run(trained, tmp_path):
 def _promote(run, *settings):
     assert run.call("promote", *settings) == 0, run.report("promote")
     return run.workspace.promoted_model(run.report("promote")["details"]["digest"])
+
+
+def test_a_process_of_its_own_promotes_as_a_pod_does(run):
+    command = (sys.executable, "-m", "finetune_trainer", *run.words("promote"))
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    ended = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert run.workspace.promoted_model(ended.stdout.split()[-1]).is_dir()
 
 
 @contextlib.contextmanager

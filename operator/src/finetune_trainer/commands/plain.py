@@ -51,12 +51,15 @@ def _build_settings(args: argparse.Namespace) -> RunConfig:
     )
 
 
-def prepare_libraries() -> None:
-    """Make the torch libraries start fast and stay quiet in commands that do not train."""
+def prepare_libraries(reads_shards: bool = False) -> None:
+    """Make the torch libraries start fast and stay quiet in commands that do not train.
+
+    DeepSpeed stays importable for a command that reads the shards of its checkpoints.
+    """
     from finetune_trainer.training.stack import UNUSED, block_modules
 
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    block_modules((*UNUSED, "deepspeed"))
+    block_modules(UNUSED if reads_shards else (*UNUSED, "deepspeed"))
     from transformers.utils import logging
 
     logging.disable_progress_bar()

@@ -19,7 +19,7 @@ def run(args: argparse.Namespace) -> int:
     """Promote, and report the digest."""
     settings = plain.load_settings(args)
     workspace = apply_workspace_lock(settings)
-    plain.prepare_libraries()
+    plain.prepare_libraries(reads_shards=True)
 
     from finetune_trainer.promotion.promote import promote
 
