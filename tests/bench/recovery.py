@@ -21,9 +21,6 @@ from tests.bench.results import FOLDER, Result, write_results
 from tests.bench.small_volume import leave_mounts_of_host
 from tests.bench.training_process import import_stack
 
-MIN_TRAINING_KILLS = 30
-"""So many kills strike whole trainings in a small campaign; in a large one, 30 % of all."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Goal:
@@ -59,12 +56,9 @@ def main() -> int:
 
 
 def list_goals(kills: int) -> list[Goal]:
-    """Return what a campaign of so many kills consists of; whole trainings first."""
-    training = max(min(kills, MIN_TRAINING_KILLS), math.ceil(0.3 * kills))
-    disks = math.ceil(0.1 * training)
-    return [
-        Goal(arm, kind, number) for arm in (OURS, STOCK) for kind, number in (("kills", training), ("disks", disks))
-    ]
+    """Return what a campaign of so many kills consists of; all of them strike whole trainings."""
+    disks = math.ceil(0.1 * kills)
+    return [Goal(arm, kind, number) for arm in (OURS, STOCK) for kind, number in (("kills", kills), ("disks", disks))]
 
 
 def reach(goal: Goal, record: Record, play: Callable[[str], object], deadline: float) -> None:

@@ -7,8 +7,8 @@ import json
 import pathlib
 from typing import Any
 
-OURS, STOCK, ENGINE = "ours", "stock", "engine"
-"""The arms: a training by us, one by the stock Trainer, and our save engine alone."""
+OURS, STOCK = "ours", "stock"
+"""The arms: a training by us, and one by the stock Trainer."""
 
 
 @dataclasses.dataclass(frozen=True)
