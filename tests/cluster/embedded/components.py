@@ -134,7 +134,8 @@ def _build_control_plane(cluster: Cluster, kube: str) -> list[Component]:
                 f"--cluster-signing-cert-file={cluster.pki}/ca.crt",
                 f"--cluster-signing-key-file={cluster.pki}/ca.key",
                 *("--cert-dir=/run/controller-manager", "--concurrent-job-syncs=10"),
-                *_list_node_monitor_flags(cluster),
+                # A node that went away is noticed within half a minute, so that tests of lost nodes end.
+                *("--node-monitor-period=2s", "--node-monitor-grace-period=20s"),
             ],
             f"https://{address}:10257/healthz",
         ),
@@ -144,15 +145,6 @@ def _build_control_plane(cluster: Cluster, kube: str) -> list[Component]:
             f"https://{address}:10259/healthz",
         ),
     ]
-
-
-def _list_node_monitor_flags(cluster: Cluster) -> list[str]:
-    """With a kubelet, notice within half a minute that it went away, so that tests of lost nodes end.
-
-    Without one all nodes are KWOK's, whose leases are renewed late on a busy machine.
-    """
-    has_kubelet = (cluster.run / "levels" / "node").exists()
-    return ["--node-monitor-period=2s", f"--node-monitor-grace-period={20 if has_kubelet else 3600}s"]
 
 
 def _build_etcd_command(cluster: Cluster) -> list[str]:
