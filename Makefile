@@ -41,13 +41,21 @@ test-gpu: venv-trainer ## Needs a GPU; skipped without one
 
 ##@ Benchmarks: a table, and build/bench/<name>.json
 
-.PHONY: bench-recovery bench-checkpoint bench-goodput
+.PHONY: bench-recovery bench-checkpoint bench-goodput bench-filter bench-filter-quality bench-packing bench-prepare
 bench-recovery: venv-trainer ## Kills at random moments, beside the stock Trainer: KILLS=50 SEED=1
 	@.venv-trainer/bin/python -m tests.bench.recovery --kills "$(or $(KILLS),50)" --seed "$(or $(SEED),1)"
 bench-checkpoint: venv-trainer ## What a save costs training, beside torch.save
 	@.venv-trainer/bin/python -m tests.bench.checkpoint
 bench-goodput: venv-trainer ## Productive share under kills, beside the recipe's cadence
 	@.venv-trainer/bin/python -m tests.bench.goodput
+bench-filter: venv ## Rows a second through the filter, beside the naive loop and a compiled regex
+	@$(BIN)/python -m tests.bench.filter
+bench-filter-quality: venv ## Precision, recall and F1 of the rules per language, beside the legacy list
+	@$(BIN)/python -m tests.bench.filter_quality
+bench-packing: venv-trainer ## Real tokens and tokens a second, packed beside padded
+	@.venv-trainer/bin/python -m tests.bench.packing
+bench-prepare: venv-trainer ## A million rows end to end, beside datasets.map
+	@.venv-trainer/bin/python -m tests.bench.prepare
 
 ##@ Develop
 
