@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune_contract.run_config import FilterConfig
+from finetune_trainer.data.findings import Finding
 from finetune_trainer.data.formats import parse_row
-from finetune_trainer.data.refusals import Removal, make_filter
+from finetune_trainer.data.refusals import make_filter
 from finetune_trainer.data.rules import parse_phrases, read_legacy_phrases
 
 LEGACY = FilterConfig(rules="legacy")
@@ -25,9 +26,9 @@ def first_phrase_by_loop(phrases, texts):
     return None
 
 
-def judge(phrases, output, instruction="Go on.", config=LEGACY) -> Removal | None:
+def judge(phrases, output, instruction="Go on.", config=LEGACY) -> Finding | None:
     row = {"instruction": instruction, "output": output}
-    return make_filter(config, phrases).judge(parse_row(row, "evol", {}))
+    return make_filter(config, phrases).judge(parse_row(row, "evol", {})).removal
 
 
 def test_the_known_faults_of_old_lists_are_reproduced(instructions: pathlib.Path):
@@ -65,8 +66,8 @@ def test_instruction_and_output_are_searched_unless_fields_are_chosen():
 
 def test_every_turn_of_a_conversation_is_searched():
     row = {"conversations": [{"from": "human", "value": "a taboo"}, {"from": "gpt", "value": "fine"}]}
-    removal = make_filter(LEGACY, ["taboo"]).judge(parse_row(row, "sharegpt", {}))
-    assert removal == Removal("taboo", "legacy", "", "conversations[0].value", (2, 7))
+    removal = make_filter(LEGACY, ["taboo"]).judge(parse_row(row, "sharegpt", {})).removal
+    assert removal == Finding("taboo", "legacy", "", "conversations[0].value", (2, 7))
 
 
 def test_the_built_in_list_is_in_the_style_of_the_old_ones():

@@ -7,9 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune_contract.run_config import FilterConfig
+from finetune_trainer.data.findings import Finding
 from finetune_trainer.data.folding import FoldedText, find_original_span, fold
 from finetune_trainer.data.formats import parse_row
-from finetune_trainer.data.refusals import Removal, RowFilter, find_match, make_filter
+from finetune_trainer.data.refusals import RowFilter, find_match, make_filter
 from finetune_trainer.data.rules import CATEGORIES, Rule, list_languages, read_rules
 from finetune_trainer.errors import TrainerError
 
@@ -17,8 +18,8 @@ RULES = read_rules()
 DEFAULT = make_filter(FilterConfig())
 
 
-def judge(answer: str, instruction: str = "Go on.", row_filter: RowFilter = DEFAULT) -> Removal | None:
-    return row_filter.judge(parse_row({"instruction": instruction, "output": answer}, "evol", {}))
+def judge(answer: str, instruction: str = "Go on.", row_filter: RowFilter = DEFAULT) -> Finding | None:
+    return row_filter.judge(parse_row({"instruction": instruction, "output": answer}, "evol", {})).removal
 
 
 @pytest.mark.parametrize(
@@ -105,7 +106,7 @@ def test_a_language_limits_the_rules():
 def test_refusals_false_removes_nothing_but_own_phrases():
     off = make_filter(FilterConfig(refusals=False, extra_phrases=("acme corp",)))
     assert judge("I can't help with that.", row_filter=off) is None
-    assert judge("Ask ACME\u00a0Corp.", row_filter=off) == Removal("acme corp", "extra", "", "output", (4, 13))
+    assert judge("Ask ACME\u00a0Corp.", row_filter=off) == Finding("acme corp", "extra", "", "output", (4, 13))
 
 
 def test_own_phrases_are_whole_words():
@@ -118,7 +119,7 @@ def test_own_phrases_are_whole_words():
 def test_every_turn_of_a_conversation_is_judged():
     turns = [("human", "Hi"), ("gpt", "Hello."), ("human", "Insult me."), ("gpt", "I won't do that. I can't help you.")]
     row = {"conversations": [{"from": role, "value": text} for role, text in turns]}
-    removal = DEFAULT.judge(parse_row(row, "sharegpt", {}))
+    removal = DEFAULT.judge(parse_row(row, "sharegpt", {})).removal
     assert removal is not None
     assert removal.field == "conversations[3].value"
 

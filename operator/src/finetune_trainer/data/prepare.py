@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune_contract.reports import ExitCode, Reason
 from finetune_trainer.data import output
+from finetune_trainer.data.findings import Verdict
 from finetune_trainer.data.formats import FORMATS, Conversation, RowError, detect_format, list_keys, parse_row
 from finetune_trainer.data.quality import find_defect
 from finetune_trainer.data.refusals import RowFilter, make_filter
@@ -179,14 +180,14 @@ class Preparation:
         except RowError as error:
             self._note_bad_row(item.line, str(error), place)
             return
-        removal = (find_defect(conversation) if self._checks_quality else None) or self._filter.judge(conversation)
-        if removal is None:
+        defect = find_defect(conversation) if self._checks_quality else None
+        verdict = self._filter.judge(conversation) if defect is None else Verdict(conversation, (defect,))
+        if verdict.removal is None:
             self._tally.counts.kept += 1
-            self._write_row(conversation, place)
+            self._write_row(verdict.conversation, place)
         else:
-            self._tally.count_removal(removal)
-            facts = dataclasses.asdict(removal) | {"span": list(removal.span)}
-            self._files[output.REMOVED].write(place.to_facts() | facts)
+            self._tally.count_removal(verdict.removal)
+            self._files[output.REMOVED].write(place.to_facts() | verdict.removal.to_facts())
 
     def _write_row(self, conversation: Conversation, place: _Place) -> None:
         seed = self._config.seed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from finetune_trainer.data.refusals import Removal
+from finetune_trainer.data.findings import Finding
 
 if TYPE_CHECKING:
     from finetune_trainer.data.formats import Conversation
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 CATEGORY = "quality"
 
 
-def find_defect(conversation: Conversation) -> Removal | None:
+def find_defect(conversation: Conversation) -> Finding | None:
     """Return why the row cannot be trained on, or None."""
     expected = "user"
     num_answers = 0
@@ -20,13 +20,13 @@ def find_defect(conversation: Conversation) -> Removal | None:
         if turn.role == "system" and index == 0:
             continue
         if turn.role != expected:
-            return Removal("role-order", CATEGORY, "", turn.field, (0, len(turn.content)))
+            return Finding("role-order", CATEGORY, "", turn.field, (0, len(turn.content)))
         if not turn.content.strip():
             rule = "empty-answer" if turn.role == "assistant" else "empty-question"
-            return Removal(rule, CATEGORY, "", turn.field, (0, len(turn.content)))
+            return Finding(rule, CATEGORY, "", turn.field, (0, len(turn.content)))
         num_answers += turn.role == "assistant"
         expected = "assistant" if expected == "user" else "user"
     if not num_answers:
         last = conversation.turns[-1]
-        return Removal("no-answer", CATEGORY, "", last.field, (0, len(last.content)))
+        return Finding("no-answer", CATEGORY, "", last.field, (0, len(last.content)))
     return None

@@ -5,11 +5,11 @@ Pure: given a conversation, say whether it is removed, and why. `prepare` does t
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import TYPE_CHECKING, Any, Protocol
 
 from finetune_contract.reports import ExitCode, Reason
+from finetune_trainer.data.findings import REMOVAL_WEIGHT, Finding, Verdict
 from finetune_trainer.data.folding import FoldedText, find_original_span, fold
 from finetune_trainer.data.rules import Rule, list_languages, read_legacy_phrases, read_rules
 from finetune_trainer.errors import TrainerError
@@ -20,32 +20,16 @@ if TYPE_CHECKING:
     from finetune_contract.run_config import FilterConfig
     from finetune_trainer.data.formats import Conversation
 
-REMOVAL_WEIGHT = 1.0
-"""A text is removed when the weights of the distinct rules that match it reach this."""
-
 LEGACY_CATEGORY = "legacy"
 EXTRA_CATEGORY = "extra"
 FIELDS = ("instruction", "input", "output")
 
 
-@dataclasses.dataclass(frozen=True)
-class Removal:
-    """Why a row is removed."""
-
-    rule: str
-    category: str
-    language: str
-    field: str
-    """Where in the source row, as in `output` or `conversations[3].value`."""
-    span: tuple[int, int]
-    """First character, and the one after the last, in that field."""
-
-
 class RowFilter(Protocol):
     """Judges one row."""
 
-    def judge(self, conversation: Conversation) -> Removal | None:
-        """Return why the row is removed, or None when it stays."""
+    def judge(self, conversation: Conversation) -> Verdict:
+        """Return what is to become of the row."""
 
 
 def make_filter(config: FilterConfig, phrases: Sequence[str] | None = None) -> RowFilter:
@@ -91,15 +75,16 @@ class LegacyFilter:
         self._phrases = list(phrases)
         self._search = _PhraseSearch([phrase.lower() for phrase in phrases])
 
-    def judge(self, conversation: Conversation) -> Removal | None:
+    def judge(self, conversation: Conversation) -> Verdict:
         for text, field in _list_texts(conversation, self._fields):
             lowered = text.lower()
             found = self._search.find_first_listed(lowered)
             if found is not None:
                 index, start, end = found
                 span = (start, end) if len(lowered) == len(text) else _span_in(text, start, end)
-                return Removal(self._phrases[index], LEGACY_CATEGORY, "", field, span)
-        return None
+                finding = Finding(self._phrases[index], LEGACY_CATEGORY, "", field, span)
+                return Verdict(conversation, (finding,))
+        return Verdict(conversation)
 
 
 def _span_in(text: str, start: int, end: int) -> tuple[int, int]:
@@ -158,42 +143,39 @@ class RuleFilter:
         self._anchors = _PhraseSearch(list(owners))
         self._own_phrases = _PhraseSearch([fold(phrase.strip()) for phrase in self._phrases])
 
-    def judge(self, conversation: Conversation) -> Removal | None:
+    def judge(self, conversation: Conversation) -> Verdict:
+        findings: list[Finding] = []
         for text, field in _list_texts(conversation, self._fields):
             folded = FoldedText(text)
-            found = self._judge_phrases(folded) or self._judge_rules(folded)
-            if found is not None:
-                rule, category, language, start, end = found
-                return Removal(rule, category, language, field, find_original_span(text, start, end))
-        return None
+            weight = 0.0
+            for rule, category, language, start, end, rule_weight in self._find(folded):
+                span = find_original_span(text, start, end)
+                findings.append(Finding(rule, category, language, field, span, weight=rule_weight))
+                weight += rule_weight
+                if weight >= REMOVAL_WEIGHT:
+                    return Verdict(conversation, tuple(findings))
+        return Verdict(conversation, tuple(findings))
 
-    def _judge_phrases(self, folded: FoldedText) -> tuple[str, str, str, int, int] | None:
-        text = folded.text
-        for index, start, end in self._own_phrases.list_hits(text):
-            if _is_boundary(text, start) and _is_boundary(text, end):
-                return self._phrases[index], EXTRA_CATEGORY, "", start, end
-        return None
-
-    def _judge_rules(self, folded: FoldedText) -> tuple[str, str, str, int, int] | None:
+    def _find(self, folded: FoldedText) -> Iterator[tuple[str, str, str, int, int, float]]:
+        found = self._find_phrase(folded)
+        if found is not None:
+            yield found[0], EXTRA_CATEGORY, "", found[1], found[2], REMOVAL_WEIGHT
         candidates = {
             owner for index, _, _ in self._anchors.list_hits(folded.text) for owner in self._anchor_owners[index]
         }
-        weight = 0.0
-        found: tuple[Rule, int, int] | None = None
         # In the order of the files, so that the verdict does not depend on a set's.
         for index in sorted(candidates):
             rule = self._rules[index]
             span = find_match(rule, folded)
             if span is not None:
-                weight += rule.weight
-                if found is None or rule.weight > found[0].weight:
-                    found = (rule, *span)
-                if weight >= REMOVAL_WEIGHT:
-                    break
-        if found is None or weight < REMOVAL_WEIGHT:
-            return None
-        rule, start, end = found
-        return rule.id, rule.category, rule.language, start, end
+                yield rule.id, rule.category, rule.language, *span, rule.weight
+
+    def _find_phrase(self, folded: FoldedText) -> tuple[str, int, int] | None:
+        text = folded.text
+        for index, start, end in self._own_phrases.list_hits(text):
+            if _is_boundary(text, start) and _is_boundary(text, end):
+                return self._phrases[index], start, end
+        return None
 
 
 def find_match(rule: Rule, folded: FoldedText) -> tuple[int, int] | None:

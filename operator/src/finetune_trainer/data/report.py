@@ -7,7 +7,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from finetune_trainer.data.refusals import Removal
+    from finetune_trainer.data.findings import Finding
 
 NUM_REPORTED_BAD_ROWS = 20
 
@@ -48,7 +48,7 @@ class Tally:
         self._per_language: collections.Counter[str] = collections.Counter()
         self._per_field: collections.Counter[str] = collections.Counter()
 
-    def count_removal(self, removal: Removal) -> None:
+    def count_removal(self, removal: Finding) -> None:
         """Count one removed row."""
         self.counts.removed += 1
         self.per_category[removal.category] += 1
