@@ -49,6 +49,21 @@ class Source:
     """Prefix of the credential variables for this source, as in `FINETUNE_MODEL_`; empty: unprefixed variables."""
 
 
+FILTER_ACTIONS = ("remove-row", "remove-sentence", "flag")
+"""What may follow from a rule that matches."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FilterActions:
+    """What follows from a match, per category of the rules; each one of FILTER_ACTIONS."""
+
+    refusal: str = "remove-row"
+    disclaimer: str = "remove-row"
+    moralising: str = "remove-row"
+    identity: str = "remove-row"
+    knowledge_cutoff: str = "remove-row"
+
+
 @dataclasses.dataclass(frozen=True)
 class FilterConfig:
     """What is removed from the data."""
@@ -62,6 +77,8 @@ class FilterConfig:
     output, or every turn of a conversation."""
     language: str = ""
     """Two-letter code of the language to apply rules of; empty: all."""
+    actions: FilterActions = FilterActions()
+    """Without meaning in legacy mode, which removes whole rows."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,7 @@ from finetune_contract.run_config import (
     DatasetConfig,
     Destination,
     EvaluationConfig,
+    FilterActions,
     FilterConfig,
     JobIdentity,
     PromotionConfig,
@@ -23,6 +24,7 @@ from finetune_contract.run_config import (
 )
 
 from . import recipes
+from .api.inputs import DatasetFilter
 from .api.v1alpha1 import FineTuneJob, FineTuneJobSpec
 from .settings import Settings
 
@@ -74,17 +76,25 @@ def _resolve_dataset(spec: FineTuneJobSpec) -> DatasetConfig:
             )
             for index, each in enumerate(dataset.sources)
         )
-    rules = dataset.filter
     return DatasetConfig(
         sources=sources,
         fields=dataset.fields.to_dict() if dataset.fields else {},
         prompt_template=dataset.prompt_template or recipes.PROMPTS[spec.training.recipe],
-        filter=FilterConfig(
-            rules.refusals, rules.rules, tuple(rules.extra_phrases), tuple(rules.fields), rules.language or ""
-        ),
+        filter=_resolve_filter(dataset.filter),
         holdout_fraction=float(dataset.holdout_fraction),
         max_bad_rows=dataset.max_bad_rows,
         seed=dataset.seed,
+    )
+
+
+def _resolve_filter(rules: DatasetFilter) -> FilterConfig:
+    return FilterConfig(
+        rules.refusals,
+        rules.rules,
+        tuple(rules.extra_phrases),
+        tuple(rules.fields),
+        rules.language or "",
+        FilterActions(**rules.actions.model_dump()) if rules.actions else FilterActions(),
     )
 
 

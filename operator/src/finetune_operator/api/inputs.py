@@ -57,6 +57,25 @@ class DatasetFields(Model):
     """Column with the turns of a conversation."""
 
 
+FilterAction = Literal["remove-row", "remove-sentence", "flag"]
+
+
+class DatasetFilterActions(Model):
+    """What follows when a rule matches, per category: `remove-row` leaves the row out, `remove-sentence` keeps the row
+    without the sentences that match, `flag` keeps it and counts it in the report."""
+
+    refusal: FilterAction = "remove-row"
+    """The answer declines to do what was asked."""
+    disclaimer: FilterAction = "remove-row"
+    """The answer says that a language model wrote it, or that it is no professional advice."""
+    moralising: FilterAction = "remove-row"
+    """The answer lectures about ethics that nobody asked for."""
+    identity: FilterAction = "remove-row"
+    """The answer says who made it."""
+    knowledge_cutoff: FilterAction = "remove-row"
+    """The answer says when its knowledge ends, or that it cannot look things up."""
+
+
 class DatasetFilter(Model):
     """Which rows are removed. Every removed row is kept in the report with the rule that removed it."""
 
@@ -70,6 +89,17 @@ class DatasetFilter(Model):
     """Fields that are searched; by default the answers, with `rules: legacy` instruction and output."""
     language: Annotated[str, Field(pattern="^[a-z]{2}$", max_length=2)] | None = None
     """Two-letter code of the language whose rules apply; by default all."""
+    actions: DatasetFilterActions | None = None
+    """What follows when a rule matches; by default the row is removed."""
+
+    validations = (
+        Rule(
+            "!has(self.actions) || self.rules != 'legacy'",
+            "leave actions out with rules: legacy, which removes whole rows",
+            lambda one: one.actions is None or one.rules != "legacy",
+            field="actions",
+        ),
+    )
 
 
 class Dataset(Model):
