@@ -117,7 +117,7 @@ class Preparation:
         self._filter: RowFilter = make_filter(config.filter, phrases)
         # The old scripts knew nothing of quality, and legacy mode is to give what they gave.
         self._checks_quality = config.filter.rules != "legacy"
-        self._tally = Tally()
+        self._tally = Tally(config.seed)
         self._files: dict[str, output.LinesFile] = {}
         self._source_facts: list[dict[str, Any]] = []
         self._lowest_share = 2.0
@@ -140,7 +140,6 @@ class Preparation:
         return self._write_report(sources)
 
     def _prepare_source(self, index: int, source: SourceRows, num_sources: int) -> None:
-        before = dataclasses.replace(self._tally.counts)
         row_index = 0
         format_name = source.format
         for file_index, file in enumerate(source.files):
@@ -156,7 +155,8 @@ class Preparation:
         self._advance((index + 1) / num_sources, self._tally.counts)
         facts = {"format": format_name, "weight": source.weight}
         files = [{"name": file.name, "sha256": file.sha256} for file in source.files]
-        self._source_facts.append(facts | (self._tally.counts - before).to_facts() | {"files": files})
+        counts = self._tally.per_source.get(index, Counts())
+        self._source_facts.append(facts | counts.to_facts() | {"files": files})
 
     def _detect(self, row: Row, file: SourceFile, source: SourceRows) -> str:
         found = detect_format(row.value, self._config.fields)
@@ -171,7 +171,6 @@ class Preparation:
         )
 
     def _prepare_row(self, item: Row | BadRow, place: _Place) -> None:
-        self._tally.counts.read += 1
         if isinstance(item, BadRow):
             self._note_bad_row(item.line, item.why, place)
             return
@@ -182,11 +181,10 @@ class Preparation:
             return
         defect = find_defect(conversation) if self._checks_quality else None
         verdict = self._filter.judge(conversation) if defect is None else Verdict(conversation, (defect,))
+        self._tally.add_row(place.source_index, place.row_index, conversation, verdict)
         if verdict.removal is None:
-            self._tally.counts.kept += 1
             self._write_row(verdict.conversation, place)
         else:
-            self._tally.count_removal(verdict.removal)
             self._files[output.REMOVED].write(place.to_facts() | verdict.removal.to_facts())
 
     def _write_row(self, conversation: Conversation, place: _Place) -> None:
@@ -208,7 +206,7 @@ class Preparation:
     def _note_bad_row(self, line: int, why: str, place: _Place) -> None:
         facts = place.to_facts() | {"file": place.file.name, "line": line, "why": why}
         self._files[output.BAD].write(facts)
-        self._tally.count_bad_row(facts)
+        self._tally.add_bad_row(facts)
         allowed, bad = self._config.max_bad_rows, self._tally.counts.bad
         if bad > allowed:
             first = self._tally.bad_rows[0]
