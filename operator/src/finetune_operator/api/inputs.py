@@ -62,7 +62,8 @@ FilterAction = Literal["remove-row", "remove-sentence", "flag"]
 
 class DatasetFilterActions(Model):
     """What follows when a rule matches, per category: `remove-row` leaves the row out, `remove-sentence` keeps the row
-    without the sentences that match, `flag` keeps it and counts it in the report."""
+    without the sentences that match, `flag` keeps it and counts it in the report.
+    """
 
     refusal: FilterAction = "remove-row"
     """The answer declines to do what was asked."""
