@@ -21,7 +21,7 @@ from .manifests.training import build_attempt, build_disruption_budget, build_tr
 from .observed import Job, Pod, earliest_start
 from .phases import storage_full
 from .policies.exclusion import exclude_node, list_current
-from .policies.failure import Diagnosis, explain_failure, is_on_lost_node
+from .policies.failure import Diagnosis, explain_failure, explain_pod, find_disruption, is_on_lost_node
 from .policies.restart import judge_failure, next_start
 from .record import Attempt, Failure, Record, Terminal, to_text
 from .steps import Apply, Create, Reference, Remove, Situation, Step, Wait, WriteRecord
@@ -57,13 +57,34 @@ def next_training_step(view: View) -> Step | None:
     if job.is_succeeded:
         return _record_success(view, attempt, job)
     if job.is_failed:
-        plan = view.plan
-        pods, nodes = view.observed.pods_of(job), plan.run.topology.nodes
-        diagnosis = explain_failure(job, pods, view.now, num_pods=nodes, memory=plan.resources.memory)
-        return close_attempt(view, attempt, job, diagnosis)
+        return close_attempt(view, attempt, job, _explain(view, attempt, job))
     if job.is_deleting:
         return wait_for_job(view, job, STARTING)
-    return _next_while_running(view, attempt, job)
+    return _next_when_disrupted(view, attempt, job) or _next_while_running(view, attempt, job)
+
+
+def _explain(view: View, attempt: Attempt, job: Job) -> Diagnosis:
+    return explain_failure(
+        job,
+        view.observed.pods_of(job),
+        view.now,
+        num_pods=view.plan.run.topology.nodes,
+        memory=view.plan.resources.memory,
+        disruption=attempt.disruption,
+    )
+
+
+def _next_when_disrupted(view: View, attempt: Attempt, job: Job) -> WriteRecord | None:
+    """Return the step that gives up an attempt on a lost node, or remembers that a pod is being taken away."""
+    pods = view.observed.pods_of(job)
+    lost = next((pod for pod in pods if is_on_lost_node(pod)), None)
+    if lost is not None:
+        # Its Job fails only when the pod is gone, which may be never: the node may not come back.
+        return close_attempt(view, attempt, job, explain_pod(lost, view.now))
+    found = find_disruption(pods, attempt.disruption, view.now)
+    if found == attempt.disruption:
+        return None
+    return WriteRecord(view.record.with_attempt(dataclasses.replace(attempt, disruption=found)), RUNNING)
 
 
 def start_attempt(view: View, record: Record) -> WriteRecord:

@@ -20,6 +20,24 @@ MAX_ATTEMPTS = 10
 
 
 @dataclasses.dataclass(frozen=True)
+class Failure:
+    """The last thing that went wrong in a pod."""
+
+    time: str
+    reason: str
+    message: str
+    hint: str = ""
+    pod: str = ""
+    node: str = ""
+    exit_code: int = 0
+
+    @property
+    def advice(self) -> str:
+        """What went wrong and what to do about it, in one line."""
+        return f"{self.message}: {self.hint}" if self.hint else self.message
+
+
+@dataclasses.dataclass(frozen=True)
 class Attempt:
     """One run of the training Job."""
 
@@ -55,24 +73,8 @@ class Attempt:
     """The time of those steps."""
     is_settled: bool = False
     """An attempt after it has said where it went on."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Failure:
-    """The last thing that went wrong in a pod."""
-
-    time: str
-    reason: str
-    message: str
-    hint: str = ""
-    pod: str = ""
-    node: str = ""
-    exit_code: int = 0
-
-    @property
-    def advice(self) -> str:
-        """What went wrong and what to do about it, in one line."""
-        return f"{self.message}: {self.hint}" if self.hint else self.message
+    disruption: Failure | None = None
+    """What was seen of a pod that was being taken away: it may vanish before its Job has failed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,14 +180,23 @@ def read_record(text: str) -> Record:
     if not isinstance(data, dict):
         raise ValueError("the record is not an object")
     fields = _known(Record, data)
-    fields["attempts"] = tuple(
-        Attempt(**{**_known(Attempt, each), "nodes": tuple(each.get("nodes", ()))}) for each in data.get("attempts", ())
-    )
+    fields["attempts"] = tuple(_read_attempt(each) for each in data.get("attempts", ()))
     fields["excluded_nodes"] = tuple(Exclusion(**_known(Exclusion, each)) for each in data.get("excluded_nodes", ()))
-    failure, terminal = data.get("last_failure"), data.get("terminal")
-    fields["last_failure"] = Failure(**_known(Failure, failure)) if failure else None
+    terminal = data.get("terminal")
+    fields["last_failure"] = _read_failure(data.get("last_failure"))
     fields["terminal"] = Terminal(**_known(Terminal, terminal)) if terminal else None
     return Record(**fields)
+
+
+def _read_attempt(data: Mapping[str, Any]) -> Attempt:
+    fields = _known(Attempt, data)
+    fields["nodes"] = tuple(data.get("nodes", ()))
+    fields["disruption"] = _read_failure(data.get("disruption"))
+    return Attempt(**fields)
+
+
+def _read_failure(data: Mapping[str, Any] | None) -> Failure | None:
+    return Failure(**_known(Failure, data)) if data else None
 
 
 def _known(kind: Any, data: Mapping[str, Any]) -> dict[str, Any]:

@@ -261,6 +261,69 @@ def test_the_next_attempt_waits_for_old_pods_but_not_for_those_of_lost_nodes():
     assert isinstance(look(plan, world, NOW + seconds(70)), WriteRecord)
 
 
+def make_disrupted_pod(job, is_ready, reason="DeletionByTaintManager", **fields):
+    """Return a pod that was asked to go; kubelet alone, or its silence, makes it unready."""
+    conditions = {
+        "DisruptionTarget": PodCondition("True", reason, "deleting due to a NoExecute taint"),
+        "Ready": PodCondition("True" if is_ready else "False"),
+    }
+    return make_pod(job, conditions=conditions, deleting_since=NOW, grace_seconds=300, **fields)
+
+
+def test_an_attempt_on_a_node_that_does_not_answer_is_given_up_while_its_pod_is_still_there():
+    plan = make_test_plan()
+    job = make_training_job(plan)
+    step = look(plan, make_training_world(plan, make_disrupted_pod(job, is_ready=False), job=job), NOW + seconds(1))
+    assert isinstance(step, WriteRecord)
+    assert (step.record.attempt.reason, step.record.last_failure.node) == ("NodeLost", "node-0")
+    assert (step.record.restarts, step.record.restarts_counted) == (1, 0)
+
+
+@pytest.mark.parametrize("reason", ["DeletionByTaintManager", "PreemptionByScheduler"])
+def test_a_pod_that_is_taken_away_is_remembered_and_left_to_save_in_peace(reason):
+    plan = make_test_plan()
+    job = make_training_job(plan)
+    pod = make_disrupted_pod(job, is_ready=True, reason=reason)
+    remembered = look(plan, make_training_world(plan, pod, job=job))
+    assert isinstance(remembered, WriteRecord)
+    assert remembered.record.attempt.end_time == ""
+    world = make_training_world(plan, pod, job=job, record=read_record(remembered.record.to_json()))
+    assert isinstance(look(plan, world, NOW + seconds(299)), Wait)
+
+
+@pytest.mark.parametrize(
+    ("reason", "told"),
+    [
+        ("DeletionByTaintManager", "NodeLost"),
+        ("PreemptionByScheduler", "Preempted"),
+        ("EvictionByEvictionAPI", "Evicted"),
+    ],
+)
+def test_a_pod_that_was_taken_away_and_vanished_is_told_by_what_was_seen_of_it(reason, told):
+    plan = make_test_plan()
+    job = make_training_job(plan)
+    pod = make_disrupted_pod(job, is_ready=True, reason=reason)
+    seen = look(plan, make_training_world(plan, pod, job=job)).record
+    job = dataclasses.replace(job, is_failed=True, ended_at=NOW + seconds(10))
+    step = look(plan, make_training_world(plan, job=job, record=seen))
+    assert step.record.attempt.reason == told
+    assert (step.record.last_failure.pod, step.record.last_failure.node) == (pod.name, "node-0")
+    assert step.record.restarts_counted == 0
+
+
+def test_what_a_pod_said_at_its_end_is_told_when_it_vanished_before_its_job_had_failed():
+    plan = make_test_plan()
+    job = make_training_job(plan)
+    pod = make_disrupted_pod(job, is_ready=True)
+    seen = look(plan, make_training_world(plan, pod, job=job)).record
+    report = make_report("train", 75, "Suspended", "stopped on request at step 7")
+    over = dataclasses.replace(pod, exit=make_exit(75, report=report))
+    seen = look(plan, make_training_world(plan, over, job=job, record=seen)).record
+    job = dataclasses.replace(job, is_failed=True, ended_at=NOW + seconds(10))
+    step = look(plan, make_training_world(plan, job=job, record=seen))
+    assert "stopped on request at step 7" in step.record.last_failure.message
+
+
 def test_suspending_is_remembered_then_the_job_is_removed_then_it_waits():
     plan = make_test_plan(suspend=True)
     job = make_training_job(plan)

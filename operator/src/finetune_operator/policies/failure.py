@@ -77,16 +77,25 @@ class Diagnosis:
 
 
 def explain_failure(
-    job: Job, pods: Sequence[Pod], now: datetime.datetime, *, num_pods: int = 1, memory: str = ""
+    job: Job,
+    pods: Sequence[Pod],
+    now: datetime.datetime,
+    *,
+    num_pods: int = 1,
+    memory: str = "",
+    disruption: Failure | None = None,
 ) -> Diagnosis:
     """Return why a failed Job failed, told from the pod that failed first.
 
-    `num_pods` is how many there were, `memory` what each was given.
+    `num_pods` is how many there were, `memory` what each was given, `disruption` what was seen of one that was being
+    taken away.
     """
     pod = choose_first_failed(pods)
     reason = _report_reason(pod) if pod is not None else ""
     if pod is None or (reason == PodReason.RANK_FAILED and len({each.index for each in pods}) < num_pods):
         # A pod that vanished was deleted: one that failed stays until its Job goes.
+        if disruption is not None and job.failure_reason != "DeadlineExceeded":
+            return Diagnosis(disruption, disruption.reason not in NOT_COUNTED, True, False)
         reason = Reason.DEADLINE_EXCEEDED if job.failure_reason == "DeadlineExceeded" else Reason.POD_DELETED
         what = "a pod was deleted before it ended" if reason == Reason.POD_DELETED else "it ran too long"
         text = f"Job {job.name}: {what}" + (f" ({job.failure_message})" if job.failure_message else "")
@@ -155,9 +164,25 @@ def _report_reason(pod: Pod) -> str:
 
 
 def is_on_lost_node(pod: Pod) -> bool:
-    """Was the pod given up because its node does not answer?"""
+    """Was the pod given up because its node does not answer?
+
+    The pods of such a node are unready. A pod that a taint drove off a node that answers stays ready while it saves.
+    """
     disruption = pod.conditions.get("DisruptionTarget")
-    return disruption is not None and DISRUPTIONS.get(disruption.reason) == Reason.NODE_LOST
+    is_given_up = disruption is not None and DISRUPTIONS.get(disruption.reason) == Reason.NODE_LOST
+    return is_given_up and not pod.is_over and not pod.has("Ready")
+
+
+def find_disruption(pods: Sequence[Pod], known: Failure | None, now: datetime.datetime) -> Failure | None:
+    """Return what there is to say of a pod that is being taken away; `known`, what was said before, when nothing new.
+
+    It may vanish at any moment, also before its Job has failed.
+    """
+    pod = choose_first_failed(pods)
+    if pod is None or (pod.deleting_since is None and not pod.has("DisruptionTarget")):
+        return known
+    found = explain_pod(pod, now).failure
+    return known if known is not None and dataclasses.replace(found, time=known.time) == known else found
 
 
 def _has_failed(pod: Pod) -> bool:
