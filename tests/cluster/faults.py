@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
+import json
 import pathlib
 import subprocess
 from typing import Any
@@ -104,17 +106,30 @@ class Faults:
         self.world.tool("start", component)
 
     def lose_node(self, pod: dict[str, Any]) -> None:
-        """Stop kubelet until the pod has been given up, and start it again."""
+        """Stop kubelet until the operator has given up the attempt of this pod, and start it again."""
+        number = int(pod["metadata"]["labels"]["finetune.dev/attempt"])
+
+        def is_given_up() -> bool:
+            self._keep_another_node()
+            attempts = self.job.live_status()["attempts"]
+            return any(each["number"] == number and each.get("endTime") for each in attempts)
+
+        self.world.cluster.apply(ANOTHER_NODE)
+        self._keep_another_node()
         self.world.tool("stop", "kubelet")
         try:
-            eventually(lambda: self._is_given_up(pod), within=PATIENCE_SECONDS, otherwise=self.job.describe)
+            eventually(is_given_up, within=PATIENCE_SECONDS, otherwise=self.job.describe, every=1)
         finally:
             self.world.tool("start", "kubelet")
+            self.world.cluster.run("delete", "node", ANOTHER_NODE["metadata"]["name"])
 
-    def _is_given_up(self, pod: dict[str, Any]) -> bool:
-        pods = self.world.cluster.read("pods", "-n", self.job.namespace)["items"]
-        kept = {each["metadata"]["uid"] for each in pods if not each["metadata"].get("deletionTimestamp")}
-        return pod["metadata"]["uid"] not in kept
+    def _keep_another_node(self) -> None:
+        """Say that the other node is alive, as its kubelet would."""
+        now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        ready = {"type": "Ready", "status": "True", "reason": "KubeletReady", "lastHeartbeatTime": now}
+        patch = json.dumps({"status": {"conditions": [ready]}})
+        name = ANOTHER_NODE["metadata"]["name"]
+        self.world.cluster.run("patch", "node", name, "--subresource=status", "--type=merge", "-p", patch)
 
     def kill_operator(self, namespace: str) -> None:
         """Delete the operator's pod without grace, and wait until another one is ready."""
@@ -131,6 +146,14 @@ def _is_running(pod: dict[str, Any]) -> bool:
     return "running" in states[0].get("state", {})
 
 
+ANOTHER_NODE: dict[str, Any] = {
+    "apiVersion": "v1",
+    "kind": "Node",
+    "metadata": {"name": "another-node"},
+    "spec": {"taints": [{"key": "finetune.dev/no-kubelet", "effect": "NoSchedule"}]},
+}
+"""A node without kubelet, on which nothing runs: while all nodes are silent, Kubernetes blames the network and gives up
+no pods."""
 LOSES_NODES_QUICKLY = [
     {"key": f"node.kubernetes.io/{state}", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 3}
     for state in ("not-ready", "unreachable")

@@ -123,7 +123,8 @@ def test_restarting_containerd_does_nothing_to_a_running_training(seen):
     assert seen.after_containerd["restarts"] == 3
 
 
-def test_a_lost_node_uses_up_no_restart(seen):
+def test_a_lost_node_is_named_while_it_is_silent_and_uses_up_no_restart(seen):
+    assert _attempt(seen.after_node, 3)["reason"] == "NodeLost"
     assert _attempt(seen.after_node, 4)["resumedFromStep"] > 0
     assert (seen.after_node["restarts"], seen.after_node["restartsCountTowardsMax"]) == (4, 2)
 
