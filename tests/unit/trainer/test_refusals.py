@@ -10,7 +10,7 @@ from finetune_contract.run_config import FilterConfig
 from finetune_trainer.data.findings import Finding
 from finetune_trainer.data.folding import FoldedText, find_original_span, fold
 from finetune_trainer.data.formats import parse_row
-from finetune_trainer.data.refusals import RowFilter, find_match, make_filter
+from finetune_trainer.data.refusals import RowFilter, RuleFilter, make_filter
 from finetune_trainer.data.rules import CATEGORIES, Rule, list_languages, read_rules
 from finetune_trainer.errors import TrainerError
 
@@ -29,7 +29,7 @@ def judge(answer: str, instruction: str = "Go on.", row_filter: RowFilter = DEFA
 def test_a_rule_matches_its_examples_and_the_row_goes(rule: Rule, text: str):
     folded = FoldedText(text)
     assert any(fold(anchor) in folded.text for anchor in rule.anchors)
-    assert find_match(rule, folded) is not None
+    assert RuleFilter([rule]).judge(parse_row({"instruction": "Go on.", "output": text}, "evol", {})).findings
     removal = judge(text)
     assert removal is not None
     start, end = removal.span

@@ -10,17 +10,23 @@ import functools
 import re
 import unicodedata
 
-_QUOTES = {ord(character): "'" for character in "\u2018\u2019\u201a\u201b\u2032\u02bc\u00b4`\uff07"}
-_DOUBLE_QUOTES = {
-    ord(character): '"' for character in "\u201c\u201d\u201e\u201f\u00ab\u00bb\u2033\u300c\u300d\u300e\u300f\uff02"
-}
-_DASHES = {ord(character): "-" for character in "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"}
-_INVISIBLE = dict.fromkeys(map(ord, "\u00ad\u200b\u200c\u200d\u2060\ufeff"))
-_TABLE = _QUOTES | _DOUBLE_QUOTES | _DASHES | _INVISIBLE
+_SPELLINGS = (
+    dict.fromkeys("`\u2018\u2019\u201a\u201b\u2032\u02bc\u00b4\uff07", "'")
+    | dict.fromkeys("\u201c\u201d\u201e\u201f\u00ab\u00bb\u2033\u300c\u300d\u300e\u300f\uff02", '"')
+    | dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2015\u2212", "-")
+    | dict.fromkeys("\u00ad\u200b\u200c\u200d\u2060\ufeff", "")
+    | dict.fromkeys("\u0085\u2028\u2029", "\n")
+    | {"\u1680": " "}
+)
+_UNUSUAL = re.compile(f"[{''.join(_SPELLINGS)}]")
+_SPACES = {"\t": " ", "\v": " ", "\f": " ", "\r": "\n", "\x1c": "\n", "\x1d": "\n", "\x1e": "\n", "\x1f": " "}
 
-_ODD_SPACE = re.compile(r"[^\S ]| {2,}")
-_SPACE = re.compile(r"\s+")
-_SENTENCE_END = re.compile(r"[.!?\u3002\uff01\uff1f\u2026]+[\"')\]*_]*(?=\s|$)|[\u3002!?](?=[^\s\"')\]])|\n")
+_WORD = re.compile(r"\S+|\s+")
+_LONG_SPACE = re.compile(r"\s{2,}")
+_SENTENCE_END = re.compile(
+    # One set of first characters lets the engine skip from candidate to candidate.
+    r"[.!?\u3002\n](?:(?<=\n)|(?<!\n)[.!?\u3002]*[\"')\]*_]*(?=\s|$)|(?<=[\u3002!?])(?=[^\s\"')\].!?\u3002]))"
+)
 _MARKUP = re.compile(r"[\s*_#>\-\u2022~(]*")
 _LABEL = re.compile(r"(?:assistant|ai|ai assistant|bot|chatbot|chatgpt|answer|response|output)\s*: *")
 _LETTER = re.compile(r"(?:subject|re|from|to|date) ?:|(?:dear|to whom)\b[^\n]{0,60}?[,:]\s")
@@ -32,18 +38,43 @@ EDGE_CHARACTERS = 320
 
 def fold(text: str) -> str:
     """Return the text in NFKC, lower case, with plain quotes and dashes and single spaces; newlines stay."""
+    if text.isascii():
+        return _fold_spaces(text.replace("`", "'")).lower()
+    # Spellings go first: NFKC turns an acute accent that serves as an apostrophe into a space and an accent.
+    text = _fold_spellings(text)
     if not text.isascii():
-        # The table goes first: NFKC turns an acute accent that serves as an apostrophe into a space and an accent.
-        text = unicodedata.normalize("NFKC", text.translate(_TABLE)).translate(_TABLE)
-    else:
-        text = text.replace("`", "'")
-    if _ODD_SPACE.search(text):
-        text = _SPACE.sub(lambda match: "\n" if "\n" in match[0] else " ", text)
-    return text.lower()
+        text = _fold_spellings(unicodedata.normalize("NFKC", text))
+    return _fold_spaces(text).lower()
+
+
+def _fold_spellings(text: str) -> str:
+    return _UNUSUAL.sub(lambda match: _SPELLINGS[match[0]], text)
+
+
+def _fold_spaces(text: str) -> str:
+    """Make every run of white space one newline, if it holds one, or else one space.
+
+    Searching and replacing fixed texts is many times faster than one regular expression.
+    """
+    for space, plain in _SPACES.items():
+        if space in text:
+            text = text.replace(space, plain)
+    while "  " in text:
+        text = text.replace("  ", " ")
+    if "\n" in text:
+        text = text.replace(" \n", "\n").replace("\n ", "\n")
+        while "\n\n" in text:
+            text = text.replace("\n\n", "\n")
+    return text
 
 
 def find_original_span(text: str, start: int, end: int) -> tuple[int, int]:
     """Return where `fold(text)[start:end]` stood in `text`."""
+    if text.isascii():
+        return _find_among_spaces(text, start), _find_among_spaces(text, max(end - 1, 0)) + (end > 0)
+    first, last = _find_by_words(text, start, end)
+    if fold(text[first:last]) == fold(text)[start:end]:
+        return first, last
 
     def reach(target: int) -> int:
         positions = range(len(text) + 1)
@@ -51,6 +82,37 @@ def find_original_span(text: str, start: int, end: int) -> tuple[int, int]:
 
     first = max(reach(start + 1) - 1, 0)
     return first, max(reach(end), first)
+
+
+def _find_among_spaces(text: str, position: int) -> int:
+    """Return which character of an ASCII text became the folded text's at `position`: only spaces were joined."""
+    lag = 0
+    for match in _LONG_SPACE.finditer(text):
+        if match.start() - lag >= position:
+            break
+        lag += match.end() - match.start() - 1
+    return min(position + lag, len(text))
+
+
+def _find_by_words(text: str, start: int, end: int) -> tuple[int, int]:
+    """Return the place of a span word by word: exact, but for letters whose folding depends on their neighbours."""
+    done = 0
+    first = last = -1
+    for match in _WORD.finditer(text):
+        word = match[0]
+        length = 1 if word.isspace() else len(word) if word.isascii() else len(fold(word))
+        if first < 0 and done + length > start:
+            first = match.start() + _find_in_word(word, start - done + 1) - 1
+        if done + length >= end:
+            last = match.start() + _find_in_word(word, end - done)
+            break
+        done += length
+    return (max(first, 0), last) if last >= 0 else (0, len(text))
+
+
+def _find_in_word(word: str, length: int) -> int:
+    """Return how many characters of a word fold to `length`."""
+    return next((size for size in range(1, len(word)) if len(fold(word[:size])) >= length), len(word))
 
 
 class FoldedText:
@@ -78,26 +140,28 @@ class FoldedText:
         return starts
 
     @functools.cached_property
+    def opening_starts(self) -> list[int]:
+        """Positions at which the first sentences begin; none in a letter."""
+        if self.is_letter:
+            return []
+        starts = [self.body_start]
+        for match in _SENTENCE_END.finditer(self.text, self.body_start):
+            start = _skip_markup(self.text, match.end())
+            if len(starts) == EDGE_SENTENCES or start - self.body_start > EDGE_CHARACTERS:
+                break
+            if starts[-1] < start < len(self.text):
+                starts.append(start)
+        return starts
+
+    @property
+    def closing_starts(self) -> list[int]:
+        """Positions at which the last sentences begin."""
+        return self.sentence_starts[-EDGE_SENTENCES:]
+
+    @functools.cached_property
     def is_letter(self) -> bool:
         """Whether it is laid out as a letter or mail, whose refusals are its characters' own."""
         return _LETTER.match(self.text, self.body_start) is not None
-
-    def sentence_index(self, position: int) -> int | None:
-        """Return the number of the sentence that begins at `position`, or None when none does."""
-        index = bisect.bisect_left(self.sentence_starts, position)
-        found = index < len(self.sentence_starts) and self.sentence_starts[index] == position
-        return index if found else None
-
-    def is_opening(self, position: int) -> bool:
-        """Whether one of the first sentences begins here."""
-        index = self.sentence_index(position)
-        near = position - self.body_start <= EDGE_CHARACTERS
-        return index is not None and index < EDGE_SENTENCES and near and not self.is_letter
-
-    def is_closing(self, position: int) -> bool:
-        """Whether one of the last sentences begins here."""
-        index = self.sentence_index(position)
-        return index is not None and index >= len(self.sentence_starts) - EDGE_SENTENCES
 
     def passage(self, position: int) -> str:
         """Return the rest of the sentence at `position`, and the sentence after it."""

@@ -5,24 +5,37 @@ Pure: given a conversation, say whether it is removed, and why. `prepare` does t
 
 from __future__ import annotations
 
+import bisect
+import dataclasses
 import functools
-from typing import TYPE_CHECKING, Any, Protocol
+import itertools
+from typing import TYPE_CHECKING, Protocol
 
 from finetune_contract.reports import ExitCode, Reason
-from finetune_trainer.data.findings import REMOVAL_WEIGHT, Finding, Verdict
+from finetune_contract.run_config import FILTER_ACTIONS, FilterActions
+from finetune_trainer.data.cutting import cut_sentences
+from finetune_trainer.data.findings import REMOVAL_WEIGHT, REMOVE_ROW, REMOVE_SENTENCE, Finding, Verdict
 from finetune_trainer.data.folding import FoldedText, find_original_span, fold
-from finetune_trainer.data.rules import Rule, list_languages, read_legacy_phrases, read_rules
+from finetune_trainer.data.phrase_search import PhraseSearch
+from finetune_trainer.data.rules import CATEGORIES, Rule, list_languages, read_legacy_phrases, read_rules
 from finetune_trainer.errors import TrainerError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    import re
+    from collections.abc import Callable, Iterator, Sequence
 
     from finetune_contract.run_config import FilterConfig
+    from finetune_trainer.data.findings import Action
     from finetune_trainer.data.formats import Conversation
 
 LEGACY_CATEGORY = "legacy"
 EXTRA_CATEGORY = "extra"
 FIELDS = ("instruction", "input", "output")
+HEAD_CHARACTERS = 1024
+"""What opens an answer stands within this many characters."""
+REACH = 400
+"""A rule's anchor stands no further than this from where its pattern begins to match."""
+_ACTIONS = FilterActions()
 
 
 class RowFilter(Protocol):
@@ -40,7 +53,7 @@ def make_filter(config: FilterConfig, phrases: Sequence[str] | None = None) -> R
         wanted = [*(listed if config.refusals else ()), *config.extra_phrases]
         return LegacyFilter(wanted, config.fields)
     rules = read_rules(config.language) if config.refusals else ()
-    return RuleFilter(rules, [*(phrases or ()), *config.extra_phrases], config.fields)
+    return RuleFilter(rules, [*(phrases or ()), *config.extra_phrases], config.fields, config.actions)
 
 
 def _validate(config: FilterConfig) -> None:
@@ -55,6 +68,10 @@ def _validate(config: FilterConfig) -> None:
     for name in config.fields:
         if name not in FIELDS:
             raise refuse("fields", name, FIELDS)
+    for category in CATEGORIES:
+        action = _choose_action(config.actions, category)
+        if action not in FILTER_ACTIONS:
+            raise refuse(f"actions.{category}", action, FILTER_ACTIONS)
 
 
 def _list_texts(conversation: Conversation, fields: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -73,17 +90,19 @@ class LegacyFilter:
     def __init__(self, phrases: Sequence[str], fields: Sequence[str] = ()) -> None:
         self._fields = tuple(fields) or ("instruction", "output")
         self._phrases = list(phrases)
-        self._search = _PhraseSearch([phrase.lower() for phrase in phrases])
+        self._search = PhraseSearch([phrase.lower() for phrase in phrases])
+        # An empty phrase is in every text, as it was for the loop.
+        self._always = [(phrases.index(""), 0, 0)] if "" in phrases else []
 
     def judge(self, conversation: Conversation) -> Verdict:
         for text, field in _list_texts(conversation, self._fields):
             lowered = text.lower()
-            found = self._search.find_first_listed(lowered)
-            if found is not None:
-                index, start, end = found
+            hits = self._search.list_hits(lowered) + self._always
+            if hits:
+                # The first in the list's order is where a loop over the phrases would have stopped.
+                index, start, end = min(hits)
                 span = (start, end) if len(lowered) == len(text) else _span_in(text, start, end)
-                finding = Finding(self._phrases[index], LEGACY_CATEGORY, "", field, span)
-                return Verdict(conversation, (finding,))
+                return Verdict(conversation, (Finding(self._phrases[index], LEGACY_CATEGORY, "", field, span),))
         return Verdict(conversation)
 
 
@@ -96,110 +115,159 @@ def _span_in(text: str, start: int, end: int) -> tuple[int, int]:
     return positions[min(start, len(positions) - 1)], positions[min(end, len(positions) - 1)]
 
 
-class _PhraseSearch:
-    """Finds any of many phrases in one pass over a text."""
-
-    def __init__(self, phrases: Sequence[str]) -> None:
-        import ahocorasick
-
-        self._automaton: Any = ahocorasick.Automaton()
-        self.has_empty = "" in phrases
-        self._empty_index = phrases.index("") if self.has_empty else -1
-        for index, phrase in enumerate(phrases):
-            # A phrase that is listed twice keeps its first place.
-            if phrase and phrase not in self._automaton:
-                self._automaton.add_word(phrase, (index, len(phrase)))
-        self._is_usable = len(self._automaton) > 0
-        if self._is_usable:
-            self._automaton.make_automaton()
-
-    def list_hits(self, text: str) -> Iterator[tuple[int, int, int]]:
-        """Yield (index of the phrase, start, end) of every occurrence."""
-        if self._is_usable:
-            for last, (index, length) in self._automaton.iter(text):
-                yield index, last + 1 - length, last + 1
-
-    def find_first_listed(self, text: str) -> tuple[int, int, int] | None:
-        """Return the occurrence that a loop over the phrases would have stopped at."""
-        found = min(self.list_hits(text), default=None)
-        # An empty phrase is in every text, as it was for the loop.
-        if self.has_empty and (found is None or self._empty_index < found[0]):
-            return self._empty_index, 0, 0
-        return found
-
-
 class RuleFilter:
     """The rules of `rules/*.toml`, and phrases of one's own as whole words."""
 
-    def __init__(self, rules: Sequence[Rule], phrases: Sequence[str] = (), fields: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        rules: Sequence[Rule],
+        phrases: Sequence[str] = (),
+        fields: Sequence[str] = (),
+        actions: FilterActions = _ACTIONS,
+    ) -> None:
         self._fields = tuple(fields) or ("output",)
         self._rules = list(rules)
+        self._actions = [_choose_action(actions, rule.category) for rule in rules]
         self._phrases = [phrase for phrase in phrases if phrase.strip()]
-        owners: dict[str, list[int]] = {}
-        for index, rule in enumerate(self._rules):
-            for anchor in rule.anchors:
-                owners.setdefault(fold(anchor), []).append(index)
-        self._anchor_owners = list(owners.values())
-        self._anchors = _PhraseSearch(list(owners))
-        self._own_phrases = _PhraseSearch([fold(phrase.strip()) for phrase in self._phrases])
+        # What opens an answer is searched for in its head only.
+        self._head = _AnchorSearch(self._rules, lambda rule: rule.position == "opening")
+        self._body = _AnchorSearch(self._rules, lambda rule: rule.position != "opening")
+        self._own_phrases = PhraseSearch([fold(phrase.strip()) for phrase in self._phrases])
 
     def judge(self, conversation: Conversation) -> Verdict:
         findings: list[Finding] = []
         for text, field in _list_texts(conversation, self._fields):
             folded = FoldedText(text)
             weight = 0.0
-            for rule, category, language, start, end, rule_weight in self._find(folded):
-                span = find_original_span(text, start, end)
-                findings.append(Finding(rule, category, language, field, span, weight=rule_weight))
-                weight += rule_weight
+            for finding in self._find(folded, field):
+                findings.append(finding)
+                weight += finding.weight if finding.action == REMOVE_ROW else 0
                 if weight >= REMOVAL_WEIGHT:
                     return Verdict(conversation, tuple(findings))
-        return Verdict(conversation, tuple(findings))
+        return cut(Verdict(conversation, tuple(findings))) if findings else Verdict(conversation)
 
-    def _find(self, folded: FoldedText) -> Iterator[tuple[str, str, str, int, int, float]]:
-        found = self._find_phrase(folded)
-        if found is not None:
-            yield found[0], EXTRA_CATEGORY, "", found[1], found[2], REMOVAL_WEIGHT
-        candidates = {
-            owner for index, _, _ in self._anchors.list_hits(folded.text) for owner in self._anchor_owners[index]
-        }
+    def _find(self, folded: FoldedText, field: str) -> Iterator[Finding]:
+        yield from self._find_phrase(folded, field)
+        hits = self._head.list_hits(folded.text[:HEAD_CHARACTERS]) | self._body.list_hits(folded.text)
         # In the order of the files, so that the verdict does not depend on a set's.
-        for index in sorted(candidates):
-            rule = self._rules[index]
-            span = find_match(rule, folded)
-            if span is not None:
-                yield rule.id, rule.category, rule.language, *span, rule.weight
+        for index in sorted(hits):
+            rule, action = self._rules[index], self._actions[index]
+            matches = find_matches(rule, folded, hits[index])
+            # Of a row that goes as a whole, one place says enough.
+            wanted = matches if action == REMOVE_SENTENCE else itertools.islice(matches, 1)
+            for start, end in wanted:
+                span = find_original_span(folded.original, start, end)
+                yield Finding(rule.id, rule.category, rule.language, field, span, action, rule.weight)
 
-    def _find_phrase(self, folded: FoldedText) -> tuple[str, int, int] | None:
+    def _find_phrase(self, folded: FoldedText, field: str) -> Iterator[Finding]:
         text = folded.text
         for index, start, end in self._own_phrases.list_hits(text):
             if _is_boundary(text, start) and _is_boundary(text, end):
-                return self._phrases[index], start, end
-        return None
+                span = find_original_span(folded.original, start, end)
+                yield Finding(self._phrases[index], EXTRA_CATEGORY, "", field, span)
+                return
 
 
-def find_match(rule: Rule, folded: FoldedText) -> tuple[int, int] | None:
-    """Return where a rule matches in the right place, or None."""
+def _choose_action(actions: FilterActions, category: str) -> Action:
+    action: Action = getattr(actions, category.replace("-", "_"))
+    return action
+
+
+class _AnchorSearch:
+    """Finds the rules that may match a text by the words without which they cannot."""
+
+    def __init__(self, rules: Sequence[Rule], is_wanted: Callable[[Rule], bool]) -> None:
+        owners: dict[str, list[int]] = {}
+        for index, rule in enumerate(rules):
+            for anchor in rule.anchors if is_wanted(rule) else ():
+                owners.setdefault(fold(anchor), []).append(index)
+        self._owners = list(owners.values())
+        self._search = PhraseSearch(list(owners))
+
+    def list_hits(self, text: str) -> dict[int, list[int]]:
+        """Return the places of anchors, from first to last, for each rule (by its index) that has one in the text."""
+        places: dict[int, list[int]] = {}
+        for anchor, start, _ in self._search.list_hits(text):
+            for owner in self._owners[anchor]:
+                places.setdefault(owner, []).append(start)
+        return places
+
+
+def find_matches(rule: Rule, folded: FoldedText, hits: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Yield where a rule matches in the right place; `hits` are the places of its anchors."""
     if rule.position == "anywhere":
-        matches = rule.pattern.finditer(folded.text)
+        matches = _search_around(rule.pattern, folded.text, hits)
     else:
         # Tried at the beginnings of sentences only, a pattern is never searched for through a whole text.
-        starts = [start for start in folded.sentence_starts if _is_place(rule.position, folded, start)]
+        starts = [start for start in _list_starts(rule.position, folded) if _is_near(start, hits)]
         matches = (match for start in starts if (match := rule.pattern.match(folded.text, start)))
-    return next((match.span() for match in matches if _counts(rule, folded, match.start())), None)
+    return (match.span() for match in matches if _counts(rule, folded, match.start()))
 
 
-def _is_place(position: str, folded: FoldedText, start: int) -> bool:
-    if position == "sentence":
-        return True
-    is_opening = position in ("opening", "edges") and folded.is_opening(start)
-    return is_opening or (position in ("closing", "edges") and folded.is_closing(start))
+def _search_around(pattern: re.Pattern[str], text: str, hits: Sequence[int]) -> Iterator[re.Match[str]]:
+    """Search where an anchor is near; places whose surroundings overlap are searched as one."""
+    index = 0
+    while index < len(hits):
+        first = last = hits[index]
+        while index < len(hits) and hits[index] - last <= REACH:
+            last = hits[index]
+            index += 1
+        # From the beginning of a word, or the pattern could match the rest of one.
+        start = text.rfind(" ", 0, max(first - REACH, 0)) + 1
+        stop = text.find(" ", last + REACH)
+        yield from pattern.finditer(text, start, stop if stop >= 0 else len(text))
+
+
+def _list_starts(position: str, folded: FoldedText) -> Sequence[int]:
+    if position == "opening":
+        return folded.opening_starts
+    if position == "closing":
+        return folded.closing_starts
+    if position == "edges":
+        return sorted({*folded.opening_starts, *folded.closing_starts})
+    return folded.sentence_starts
+
+
+def _is_near(start: int, hits: Sequence[int]) -> bool:
+    index = bisect.bisect_left(hits, start)
+    return index < len(hits) and hits[index] - start <= REACH
 
 
 def _counts(rule: Rule, folded: FoldedText, start: int) -> bool:
     if folded.is_quoted(start):
         return False
     return rule.unless is None or rule.unless.search(folded.passage(start)) is None
+
+
+def cut(verdict: Verdict) -> Verdict:
+    """Carry out the findings that remove sentences; a text of which nothing is left removes the row."""
+    spans: dict[str, list[tuple[int, int]]] = {}
+    for finding in verdict.decided:
+        if finding.action == REMOVE_SENTENCE:
+            spans.setdefault(finding.field, []).append(finding.span)
+    if not spans:
+        return verdict
+    turns, emptied = [], set()
+    for turn in verdict.conversation.turns:
+        content = cut_sentences(turn.content, spans.get(turn.field, ()))
+        given = cut_sentences(turn.input, spans.get(turn.input_field, ()))
+        if turn.content and not _has_words(content):
+            emptied.add(turn.field)
+        if turn.input and not _has_words(given):
+            emptied.add(turn.input_field)
+        turns.append(dataclasses.replace(turn, content=content, input=given))
+    if emptied & spans.keys():
+        findings = [_remove_row(one) if one.field in emptied else one for one in verdict.findings]
+        return Verdict(verdict.conversation, tuple(findings))
+    return Verdict(dataclasses.replace(verdict.conversation, turns=tuple(turns)), verdict.findings)
+
+
+def _remove_row(finding: Finding) -> Finding:
+    return dataclasses.replace(finding, action=REMOVE_ROW) if finding.action == REMOVE_SENTENCE else finding
+
+
+def _has_words(text: str) -> bool:
+    return any(character.isalnum() for character in text)
 
 
 @functools.lru_cache(maxsize=1 << 12)

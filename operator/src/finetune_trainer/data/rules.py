@@ -71,7 +71,10 @@ def rules_digest() -> str:
     digest = hashlib.sha256()
     paths = [*_FOLDER.glob("*.toml"), _FOLDER / "legacy_phrases.txt"]
     # Folding and judging change verdicts as much as a rule does.
-    paths += [_FOLDER.parent / name for name in ("findings.py", "folding.py", "refusals.py", "rules.py")]
+    paths += [
+        _FOLDER.parent / name
+        for name in ("cutting.py", "findings.py", "folding.py", "phrase_search.py", "refusals.py", "rules.py")
+    ]
     for path in sorted(paths, key=lambda path: path.name):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
