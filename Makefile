@@ -41,9 +41,10 @@ test-gpu: venv-trainer ## Needs a GPU; skipped without one
 
 ##@ Benchmarks: a table, and build/bench/<name>.json
 
-.PHONY: bench-recovery bench-checkpoint bench-goodput bench-filter bench-filter-quality bench-packing bench-prepare
-bench-recovery: venv-trainer ## Kills at random moments, beside the stock Trainer: KILLS=50 SEED=1
-	@.venv-trainer/bin/python -m tests.bench.recovery --kills "$(or $(KILLS),50)" --seed "$(or $(SEED),1)"
+.PHONY: bench-recovery bench-checkpoint bench-goodput bench-filter bench-filter-quality bench-packing bench-prepare bench-weight-diff
+bench-recovery: venv-trainer ## Kills at random moments, beside the stock Trainer: KILLS=50 ENGINE=50 SEED=1 MINUTES=inf
+	@.venv-trainer/bin/python -m tests.bench.recovery --kills "$(or $(KILLS),50)" --engine "$(or $(ENGINE),50)" \
+	  --seed "$(or $(SEED),1)" --minutes "$(or $(MINUTES),inf)"
 bench-checkpoint: venv-trainer ## What a save costs training, beside torch.save
 	@.venv-trainer/bin/python -m tests.bench.checkpoint
 bench-goodput: venv-trainer ## Productive share under kills, beside the recipe's cadence
@@ -56,6 +57,8 @@ bench-packing: venv-trainer ## Real tokens and tokens a second, packed beside pa
 	@.venv-trainer/bin/python -m tests.bench.packing
 bench-prepare: venv-trainer ## A million rows end to end, beside datasets.map
 	@.venv-trainer/bin/python -m tests.bench.prepare
+bench-weight-diff: venv-trainer ## A weight diff in stretches, beside loading both models whole
+	@.venv-trainer/bin/python -m tests.bench.weight_diff
 
 ##@ Develop
 

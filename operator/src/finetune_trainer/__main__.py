@@ -32,6 +32,7 @@ COMMANDS = {
     "publish": "copy the promoted model to its destinations",
     "serve": "answer OpenAI-compatible requests with a model",
     "generate": "answer prompts from a file or the command line with a model",
+    "weight-diff": "make, apply and verify the difference of a tuned model from its base, exact to the bit",
     "checkpoints": "tell which checkpoints are whole, plan their room, prune and repair them; those of any Trainer",
 }
 """Every subcommand and its line in `--help`."""
@@ -60,7 +61,7 @@ def build_parser(chosen: str | None) -> argparse.ArgumentParser:
 
 
 def _import_command(name: str) -> types.ModuleType:
-    return importlib.import_module(f"finetune_trainer.commands.{name}")
+    return importlib.import_module(f"finetune_trainer.commands.{name.replace('-', '_')}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

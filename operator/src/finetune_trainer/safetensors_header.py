@@ -12,10 +12,11 @@ from typing import Any
 LENGTH_BYTES = 8
 """A file begins with the length of its header."""
 _LONGEST_HEADER = 100_000_000
-_BYTES_PER_ELEMENT = {
+ITEM_BYTES = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
     "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1,
 }  # fmt: skip
+"""Bytes of one element, by the names of the format."""
 
 
 class HeaderError(ValueError):
@@ -30,6 +31,8 @@ class Header:
     """By the tensor's name."""
     dtypes: Mapping[str, str]
     """In the words of the format: BF16."""
+    offsets: Mapping[str, tuple[int, int]]
+    """First byte of each tensor, and the one after its last, counted from the end of the header."""
     file_bytes: int
     """Size of the whole file."""
     tensor_bytes: int
@@ -56,6 +59,7 @@ def parse_header(text: bytes) -> Header:
         return Header(
             shapes={name: tuple(int(length) for length in entry["shape"]) for name, entry in tensors.items()},
             dtypes={name: str(entry["dtype"]) for name, entry in tensors.items()},
+            offsets={name: (entry["data_offsets"][0], entry["data_offsets"][1]) for name, entry in tensors.items()},
             file_bytes=LENGTH_BYTES
             + len(text)
             + max((entry["data_offsets"][1] for entry in tensors.values()), default=0),
@@ -66,4 +70,4 @@ def parse_header(text: bytes) -> Header:
 
 
 def _tensor_bytes(entry: Mapping[str, Any]) -> int:
-    return int(math.prod(entry["shape"])) * _BYTES_PER_ELEMENT.get(entry["dtype"], 0)
+    return int(math.prod(entry["shape"])) * ITEM_BYTES.get(entry["dtype"], 0)
