@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from finetune_contract.reports import Reason as PodReason
+
 from .api.v1alpha1 import FineTuneJobStatus
 from .conditions import Reason, Type
 
@@ -21,6 +23,9 @@ def select_events(old: Previous, new: Previous) -> list[tuple[str, str, str]]:
         elif each.type in _ANNOUNCED and each.status == "True" and (known is None or known.status != "True"):
             events.append(("Normal", f"{each.type}", each.message or f"{each.type} holds"))
         elif each.type == Type.SCHEDULED and each.status == "False":
+            events.append(("Warning", each.reason, each.message))
+        elif each.type in _FETCHED and (each.status, each.reason) == ("False", PodReason.SOURCE_UNAVAILABLE):
+            # It is tried again, so nobody has to act yet; but somebody may want to know why it takes so long.
             events.append(("Warning", each.reason, each.message))
     events += _select_attempt_events(old, new)
     avoided = {(each.name, each.until) for each in old.excluded_nodes}
@@ -42,6 +47,8 @@ _ANNOUNCED = frozenset(
         *(Type.DEPLOYED, Type.SUCCEEDED),
     }
 )
+_FETCHED = frozenset({Type.MODEL_READY, Type.DATASET_READY, Type.PROMOTED})
+"""What needs a remote service."""
 
 
 def _select_attempt_events(old: Previous, new: Previous) -> list[tuple[str, str, str]]:

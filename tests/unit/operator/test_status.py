@@ -246,6 +246,17 @@ def test_events_tell_transitions_once():
     assert select_events(stalled, stalled) == []
 
 
+def test_a_source_that_does_not_answer_is_told_once_although_nobody_has_to_act_yet():
+    running = Situation("Pending", "Inspecting", "reading the sizes", condition="ModelReady")
+    away = Situation("Pending", "SourceUnavailable", "s3://a/b did not answer", condition="ModelReady")
+    world = make_observed(PLAN)
+    first = build(world, Wait(running))
+    second = build(world, Wait(away), first)
+    assert conditions(second)["Stalled"] == conditions(second)["ModelReady"] == "False"
+    assert select_events(first, second) == [("Warning", "SourceUnavailable", "s3://a/b did not answer")]
+    assert select_events(second, second) == []
+
+
 @given(
     state=st.sampled_from(["Pending", "Training", "Suspended", "Deploying", "Succeeded", "Failed"]),
     is_stalled=st.booleans(),
