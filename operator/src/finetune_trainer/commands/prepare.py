@@ -13,7 +13,7 @@ import shutil
 from typing import TYPE_CHECKING, Any
 
 from finetune_contract.reports import ExitCode, ExitReport, Metric, Phase, Reason
-from finetune_contract.run_config import DatasetConfig, FilterConfig, RunConfig, Source
+from finetune_contract.run_config import DatasetConfig, FilterActions, FilterConfig, RunConfig, Source
 from finetune_trainer.commands.common import add_run_config_argument, apply_workspace_lock, load_run_config
 from finetune_trainer.data.formats import FORMATS
 from finetune_trainer.errors import TrainerError
@@ -53,6 +53,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     plain.add_argument(
         "--map", metavar="NAME=THEIRS", action="append", default=[], help="name of a field in the source's rows"
+    )
+    plain.add_argument(
+        "--action",
+        metavar="CATEGORY=ACTION",
+        action="append",
+        default=[],
+        help="what follows from a match, as in disclaimer=remove-sentence: remove-row, remove-sentence or flag",
     )
     plain.add_argument("--language", default="", help="apply the rules of one language only, as in en")
     plain.add_argument("--holdout-fraction", type=float, default=0.0, help="share of rows to hold out")
@@ -102,11 +109,27 @@ def _build_dataset(args: argparse.Namespace) -> DatasetConfig:
     return DatasetConfig(
         sources=(Source(args.source, args.revision, args.format),),
         fields=fields,
-        filter=FilterConfig(rules=args.rules, fields=searched, language=args.language),
+        filter=FilterConfig(rules=args.rules, fields=searched, language=args.language, actions=_parse_actions(args)),
         holdout_fraction=args.holdout_fraction,
         max_bad_rows=args.max_bad_rows,
         seed=args.seed,
     )
+
+
+def _parse_actions(args: argparse.Namespace) -> FilterActions:
+    known = [field.name.replace("_", "-") for field in dataclasses.fields(FilterActions)]
+    given = dict(item.partition("=")[::2] for item in args.action)
+    if wrong := [name for name in given if name not in known]:
+        hint = f"Write CATEGORY=ACTION with one of {', '.join(known)}."
+        raise TrainerError(Reason.INVALID_CONFIG, ExitCode.USAGE, f"--action {wrong[0]}: unknown category", hint)
+    if given and args.rules == "legacy":
+        raise TrainerError(
+            Reason.INVALID_CONFIG,
+            ExitCode.USAGE,
+            "--action beside --rules legacy, which removes whole rows",
+            "Leave --action out, or use --rules default.",
+        )
+    return FilterActions(**{name.replace("-", "_"): action for name, action in given.items()})
 
 
 def _read_phrases(path: pathlib.Path) -> tuple[str, ...]:
