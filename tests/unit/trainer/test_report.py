@@ -64,6 +64,7 @@ def test_chunks_of_any_size_merged_in_any_order_give_the_tally_of_all_rows(size)
         merged.merge(pickle.loads(pickle.dumps(chunk)))
     assert merged.to_state() == whole.to_state()
     assert merged.to_report() == whole.to_report()
+    assert merged.list_samples() == whole.list_samples()
 
 
 def test_a_tally_stored_as_json_goes_on_where_it_was():
@@ -96,7 +97,7 @@ def test_a_kept_row_counts_each_rule_once_and_is_measured_as_it_is_kept():
     assert report["flaggedPerCategory"] == {"pii": 1}
     lengths = report["lengths"]["answerCharacters"]
     assert (lengths["before"]["total"], lengths["after"]["total"]) == (38, 9)
-    assert [(one["action"], one["found"]) for one in report["samples"]] == [
+    assert [(one["action"], one["found"]) for one in tally.list_samples()] == [
         ("flagged", "a@b.c"),
         ("edited", "As an AI, no. "),
     ]
@@ -130,7 +131,7 @@ def test_the_sample_is_bounded_even_and_depends_on_the_seed():
         row = make_conversation("a", "I can't help with that.")
         for index in range(2000):
             tally.add_row(0, index, row, Verdict(row, (make_finding("en-cannot-help", REMOVE_ROW),)))
-        return [sample["index"] for sample in tally.to_report()["samples"]]
+        return [sample["index"] for sample in tally.list_samples()]
 
     places = [index for seed in range(20) for index in sample_places(seed)]
     assert len(places) == 20 * SAMPLES_PER_RULE
@@ -144,7 +145,7 @@ def test_a_sample_shows_what_was_found_and_bounded_text_around_it():
     row = Conversation((turns[0], Turn("assistant", turns[1].content, "conversations[1].value")))
     finding = make_finding("en-x", REMOVE_ROW, (999, 1002), field="conversations[1].value")
     tally.add_row(2, 3, row, Verdict(row, (finding,)))
-    (sample,) = tally.to_report()["samples"]
+    (sample,) = tally.list_samples()
     assert (sample["found"], sample["source"], sample["index"]) == ("HIT", 2, 3)
     assert sample["before"].startswith("…b")
     assert sample["after"].endswith("a…")

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import os
 from typing import TYPE_CHECKING, Any, Self
 
+from finetune_trainer.data.report_page import build_page
 from finetune_trainer.reporting import write_json
 
 if TYPE_CHECKING:
     import pathlib
     import types
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 TRAIN = "train.jsonl"
 HOLDOUT = "holdout.jsonl"
 REMOVED = "removed.jsonl"
 BAD = "bad.jsonl"
 REPORT = "report.json"
+PAGE = "report.html"
+SAMPLES = "samples.jsonl"
 MANIFEST = "manifest.json"
 
 
@@ -58,6 +62,16 @@ class LinesFile:
     def to_entry(self) -> dict[str, Any]:
         """Return the file's facts for the manifest."""
         return {"size": self._size, "sha256": self._digest.hexdigest(), "lines": self.num_lines}
+
+
+def write_report(folder: pathlib.Path, report: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> None:
+    """Write report.json, which has no texts of the data, samples.jsonl, which has, and the page made of both."""
+    report = {**report, "versions": {"finetune-operator": importlib.metadata.version("finetune-operator")}}
+    with LinesFile(folder / SAMPLES) as lines:
+        for sample in samples:
+            lines.write(sample)
+    (folder / PAGE).write_text(build_page(report, samples), encoding="utf-8")
+    write_json(folder / REPORT, report)
 
 
 def write_manifest(folder: pathlib.Path, facts: Mapping[str, Any]) -> None:

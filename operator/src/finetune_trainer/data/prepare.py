@@ -23,7 +23,6 @@ from finetune_trainer.data.rows import BadRow, Row, RowFile, UnreadableFileError
 from finetune_trainer.data.rules import rules_digest
 from finetune_trainer.data.split import holdout_share, select_copies
 from finetune_trainer.errors import TrainerError
-from finetune_trainer.reporting import write_json
 
 if TYPE_CHECKING:
     import pathlib
@@ -135,9 +134,12 @@ class Preparation:
         finally:
             for file in self._files.values():
                 file.close()
-        self._refuse_nothing(sources)
         self._hold_out_one_prompt_if_needed()
-        return self._write_report(sources)
+        manifest = self._write_report(sources)
+        # After the report, which says what took everything away.
+        self._refuse_nothing(sources)
+        output.write_manifest(self._folder, manifest)
+        return manifest
 
     def _prepare_source(self, index: int, source: SourceRows, num_sources: int) -> None:
         row_index = 0
@@ -241,7 +243,8 @@ class Preparation:
             Reason.DATASET_EMPTY_AFTER_FILTER,
             ExitCode.DATA,
             f"the filter removed all usable rows: {counts.removed} of {counts.read} ({removed})",
-            "Loosen spec.dataset.filter: fewer extraPhrases, rules: default, or refusals: false.",
+            "Loosen spec.dataset.filter: fewer extraPhrases, rules: default, or refusals: false; "
+            f"{self._folder / output.PAGE} shows what was removed.",
             {"rows_read": counts.read, "rows_removed": counts.removed, "removed_per_category": per_category},
         )
 
@@ -284,11 +287,9 @@ class Preparation:
         }
         settings = build_settings(self._config, self._phrases)
         report = facts | self._tally.to_report() | {"sources": self._source_facts, "settings": settings}
-        write_json(self._folder / output.REPORT, report)
+        output.write_report(self._folder, report, self._tally.list_samples())
         entries = {name: file.to_entry() for name, file in self._files.items()}
-        manifest = facts | self._tally.to_facts() | {"files": entries}
-        output.write_manifest(self._folder, manifest)
-        return manifest
+        return facts | self._tally.to_facts() | {"files": entries}
 
 
 def _list_items(reader: RowFile, file: SourceFile, source: SourceRows) -> Iterator[Row | BadRow]:

@@ -9,7 +9,8 @@ How a preparation uses it:
   takes back a row that a worker counted as kept: `withdraw_row`, for a duplicate or a row that the judge refuses.
   Findings that only flagged or edited the row stay counted. `add_judgement` counts what the judge said of a row.
 - For a restart, `to_state()` of the merged tally is stored with every finished shard; `Tally.from_state()` loads it.
-- In the end `to_facts()` is what manifest and report share, and `to_report()` the tally's share of the report.
+- In the end `to_facts()` is what manifest and report share, `to_report()` the tally's share of the report, and
+  `list_samples()` the lines of samples.jsonl. `output.write_report` writes them, and the page beside them.
 
 Memory is bounded by the rules, not by the rows.
 """
@@ -36,7 +37,7 @@ When = Literal["before", "after"]
 """A row as it was read, or as it was kept."""
 RulesSay = Literal["remove", "keep", "unsure"]
 
-_WORDS = {REMOVE_ROW: "removed", REMOVE_SENTENCE: "edited", FLAG: "flagged"}
+_WORDS: dict[str, str] = {REMOVE_ROW: "removed", REMOVE_SENTENCE: "edited", FLAG: "flagged"}
 _LENGTHS = ("promptCharacters", "answerCharacters", "promptTokens", "answerTokens")
 
 
@@ -193,14 +194,15 @@ class Tally:
         }
         report = self.to_facts() | per
         report["rules"] = self._list_rules()
-        report["samples"] = [
-            one | {"action": _WORDS.get(one["action"], one["action"])} for one in self._samples.to_report()
-        ]
         report["badRows"] = self.bad_rows
         report["lengths"] = self._report_lengths()
         if self._judgements:
             report["judge"] = self._report_judgements()
         return report
+
+    def list_samples(self) -> list[dict[str, Any]]:
+        """Return a few things found by each rule with the text around them; not in the report, which has no texts."""
+        return [one | {"action": _WORDS[one["action"]]} for one in self._samples.to_report()]
 
     def _of_source(self, source: int) -> Counts:
         return self.per_source.setdefault(source, Counts())
@@ -250,7 +252,7 @@ class Tally:
         for key, number in self._findings.items():
             numbers[key[:4]] += number
         return [
-            {"action": _WORDS[action], "rule": rule, "category": category, "language": language, "rows": number}  # type: ignore[index]
+            {"action": _WORDS[action], "rule": rule, "category": category, "language": language, "rows": number}
             for (action, rule, category, language), number in sorted(numbers.items(), key=lambda one: (-one[1], one[0]))
         ]
 
