@@ -267,3 +267,14 @@ def test_tokens_are_counted_with_the_models_tokenizer(tmp_path):
     manifest = Preparation(dataset, tmp_path / "out", TokenCounter(tmp_path, dataset.prompt_template)).run([rows])
     assert manifest["tokens"] == 20
     assert TokenCounter(tmp_path / "nowhere", "alpaca").total is None
+
+
+def test_tokens_of_prompts_and_answers_are_told_apart(tmp_path):
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    turns = [("user", "one two"), ("assistant", "three"), ("user", "four"), ("assistant", "five six seven")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    for template in ("{instruction}\n", "tokenizer"):
+        assert TokenCounter(tmp_path, template).measure([messages, messages[:2]]) == [(3, 4), (2, 1)]
+    assert TokenCounter(tmp_path / "nowhere", "alpaca").measure([messages]) == []

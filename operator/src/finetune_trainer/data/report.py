@@ -3,8 +3,8 @@
 How a preparation uses it:
 
 - A worker fills one `Tally` per chunk: `add_row` for every row that was parsed and judged, `add_bad_row` for every
-  other, and, where there is a tokenizer, `add_tokens` for the row as read ("before") and as kept ("after"). The tally
-  travels by pickle, or as `to_state()`, which is JSON.
+  other, and, where there is a tokenizer, `add_tokens` for the row as read ("before") and as kept ("after"), from
+  `TokenCounter.measure` of the chunk's rows. The tally travels by pickle, or as `to_state()`, which is JSON.
 - The parent merges the chunks' tallies into one, in any order with the same result: `merge`. What only the parent sees
   takes back a row that a worker counted as kept: `withdraw_row`, for a duplicate or a row that the judge refuses.
   Findings that only flagged or edited the row stay counted. `add_judgement` counts what the judge said of a row.

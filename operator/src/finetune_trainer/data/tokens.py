@@ -19,7 +19,7 @@ class TokenCounter:
     def __init__(self, model_folder: pathlib.Path | None, template: str) -> None:
         self._tokenizer = _open_tokenizer(model_folder)
         self._template = template
-        self._texts: list[str] = []
+        self._rows: list[Sequence[Message]] = []
         self._total = 0
 
     @property
@@ -30,27 +30,46 @@ class TokenCounter:
 
     def reset(self) -> None:
         """Forget what was counted."""
-        self._texts.clear()
+        self._rows.clear()
         self._total = 0
 
     def add(self, messages: Sequence[Message]) -> None:
         """Count one row."""
         if self._tokenizer is None:
             return
-        if self._template == TOKENIZER_TEMPLATE:
-            # A few tokens of markup per turn are missing; the tokenizer's template needs transformers to render.
-            text = "\n".join(join_input(message) for message in messages)
-        else:
-            text = "".join(segment.text for segment in build_segments(messages, self._template))
-        self._texts.append(text)
-        if len(self._texts) >= _BATCH:
+        self._rows.append(messages)
+        if len(self._rows) >= _BATCH:
             self._count()
 
+    def measure(self, rows: Sequence[Sequence[Message]]) -> list[tuple[int, int]]:
+        """Return the tokens of each row's prompts and of its answers; nothing where there is no tokenizer.
+
+        As in training, every stretch is encoded by itself, so that the two add up to the row.
+        """
+        if self._tokenizer is None:
+            return []
+        stretches = [_list_stretches(messages, self._template) for messages in rows]
+        texts = [text for row in stretches for text, _ in row]
+        encoded = iter(self._tokenizer.encode_batch_fast(texts, add_special_tokens=False))
+        lengths = []
+        for row in stretches:
+            numbers = [0, 0]
+            for _, is_answer in row:
+                numbers[is_answer] += len(next(encoded))
+            lengths.append((numbers[0], numbers[1]))
+        return lengths
+
     def _count(self) -> None:
-        if self._tokenizer is not None and self._texts:
-            encoded = self._tokenizer.encode_batch_fast(self._texts, add_special_tokens=False)
-            self._total += sum(len(item) for item in encoded)
-            self._texts.clear()
+        self._total += sum(prompt + answer for prompt, answer in self.measure(self._rows))
+        self._rows.clear()
+
+
+def _list_stretches(messages: Sequence[Message], template: str) -> list[tuple[str, bool]]:
+    """Return the texts of a row as they are rendered, each with whether it is an answer."""
+    if template == TOKENIZER_TEMPLATE:
+        # A few tokens of markup per turn are missing; the tokenizer's template needs transformers to render.
+        return [(join_input(message), message["role"] == "assistant") for message in messages]
+    return [(segment.text, segment.is_answer) for segment in build_segments(messages, template)]
 
 
 def _open_tokenizer(model_folder: pathlib.Path | None) -> Any:
