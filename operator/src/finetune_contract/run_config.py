@@ -81,6 +81,34 @@ class FilterConfig:
     """Without meaning in legacy mode, which removes whole rows."""
 
 
+QUALITY_ACTIONS = ("remove-row", "flag")
+"""What may follow from a quality check that finds something."""
+PII_KINDS = ("email", "phone", "iban", "credit-card", "ip-address")
+
+
+@dataclasses.dataclass(frozen=True)
+class QualityConfig:
+    """What rows are checked for besides refusals. Actions are one of QUALITY_ACTIONS; empty: the check is not made."""
+
+    truncated: str = ""
+    repetition: str = ""
+    html: str = ""
+    special_tokens: str = ""
+    language: str = ""
+    languages: tuple[str, ...] = ()
+    """Two-letter codes of the languages that answers are expected in."""
+    pii: str = ""
+    pii_kinds: tuple[str, ...] = PII_KINDS
+    duplicates: str = ""
+    similarity: float = 1.0
+    """1: rows of equal text are duplicates; less: also rows that share this much of their word triples (Jaccard)."""
+    contamination: str = ""
+    contamination_words: int = 13
+    """How many words in a row a conversation shares with an evaluation task to be contaminated."""
+    contamination_tasks: tuple[str, ...] = ()
+    """The tasks, as in EvaluationConfig."""
+
+
 @dataclasses.dataclass(frozen=True)
 class DatasetConfig:
     """The data of the run."""
@@ -91,6 +119,7 @@ class DatasetConfig:
     prompt_template: str = "alpaca"
     """wizardlm, alpaca, vicuna, tokenizer, or a text with `{instruction}` and `{input}`."""
     filter: FilterConfig = FilterConfig()
+    quality: QualityConfig = QualityConfig()
     holdout_fraction: float = 0.02
     max_bad_rows: int = 0
     seed: int = 42

@@ -18,6 +18,7 @@ from finetune_contract.run_config import (
     FilterConfig,
     JobIdentity,
     PromotionConfig,
+    QualityConfig,
     RunConfig,
     Source,
     Topology,
@@ -81,6 +82,7 @@ def _resolve_dataset(spec: FineTuneJobSpec) -> DatasetConfig:
         fields=dataset.fields.to_dict() if dataset.fields else {},
         prompt_template=dataset.prompt_template or recipes.PROMPTS[spec.training.recipe],
         filter=_resolve_filter(dataset.filter),
+        quality=_resolve_quality(spec),
         holdout_fraction=float(dataset.holdout_fraction),
         max_bad_rows=dataset.max_bad_rows,
         seed=dataset.seed,
@@ -96,6 +98,28 @@ def _resolve_filter(rules: DatasetFilter) -> FilterConfig:
         rules.language or "",
         FilterActions(**rules.actions.model_dump()) if rules.actions else FilterActions(),
     )
+
+
+def _resolve_quality(spec: FineTuneJobSpec) -> QualityConfig:
+    quality = spec.dataset.quality
+    if quality is None:
+        return QualityConfig()
+    settings: dict[str, Any] = {
+        name: getattr(quality, name) or "" for name in ("truncated", "repetition", "html", "special_tokens")
+    }
+    if quality.language:
+        settings |= {"language": quality.language.action, "languages": tuple(quality.language.expected)}
+    if quality.pii:
+        settings |= {"pii": quality.pii.action, "pii_kinds": tuple(quality.pii.kinds)}
+    if quality.duplicates:
+        settings |= {"duplicates": quality.duplicates.action, "similarity": float(quality.duplicates.similarity)}
+    if quality.contamination:
+        settings |= {
+            "contamination": quality.contamination.action,
+            "contamination_words": quality.contamination.words,
+            "contamination_tasks": tuple(spec.evaluation.tasks),
+        }
+    return QualityConfig(**settings)
 
 
 def _prefix(owner: Any, name: str) -> str:

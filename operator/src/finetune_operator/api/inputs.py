@@ -8,6 +8,7 @@ from pydantic import Field
 
 from finetune_operator.api.base import Model, Rule
 from finetune_operator.api.pods import SecretRef
+from finetune_operator.api.quality import DatasetQuality
 from finetune_operator.api.scalars import Revision, SourceUrl
 
 DatasetFormat = Literal["auto", "alpaca", "evol", "sharegpt", "messages"]
@@ -121,6 +122,8 @@ class Dataset(Model):
     `{input}`. By default the recipe's: wizardlm for wizardlm-freeform, otherwise alpaca."""
     filter: DatasetFilter = DatasetFilter()
     """Which rows are removed."""
+    quality: DatasetQuality | None = None
+    """Checks besides the filter: truncated answers, leaked tokens, duplicates and the like; by default none."""
     holdout_fraction: Annotated[float, Field(ge=0, le=0.5)] = 0.02
     """Share of the rows kept out of training and used to evaluate."""
     max_bad_rows: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0

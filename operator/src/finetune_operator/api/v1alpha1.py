@@ -93,6 +93,11 @@ def _has_rows_for_gates(spec: FineTuneJobSpec) -> bool:
     return spec.dataset.holdout_fraction > 0 or not any(gate.task == "holdout" for gate in spec.evaluation.gates)
 
 
+def _has_tasks_for_contamination(spec: FineTuneJobSpec) -> bool:
+    quality = spec.dataset.quality
+    return quality is None or quality.contamination is None or bool(spec.evaluation.tasks)
+
+
 class FineTuneJobSpec(Model):
     """What the user asks for."""
 
@@ -161,6 +166,13 @@ class FineTuneJobSpec(Model):
             _has_rows_for_gates,
             field="dataset.holdoutFraction",
         ),
+        Rule(
+            "!has(self.dataset.quality) || !has(self.dataset.quality.contamination)"
+            " || (has(self.evaluation.tasks) && size(self.evaluation.tasks) > 0)",
+            "contamination is looked for with the texts of evaluation.tasks: name a task there, or leave this out",
+            _has_tasks_for_contamination,
+            field="dataset.quality.contamination",
+        ),
     )
 
 
@@ -209,7 +221,7 @@ FROZEN_FIELDS = (
         f"dataset.{name}"
         for name in (
             *("source", "sources", "revision", "format", "fields", "promptTemplate", "filter"),
-            *("holdoutFraction", "maxBadRows", "seed"),
+            *("quality", "holdoutFraction", "maxBadRows", "seed"),
         )
     ),
     *(
