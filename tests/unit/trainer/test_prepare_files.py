@@ -206,6 +206,33 @@ def test_bad_data_ends_with_a_reason_a_place_and_what_to_do(
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
+def test_a_dry_run_gives_the_same_report_and_no_data(run_command, instructions, tmp_path):
+    options = ("--source", str(instructions / "alpaca.json"), "--holdout-fraction", "0.3")
+    run_command("prepare", *options, "--out", str(tmp_path / "real"))
+    outcome = run_command("prepare", *options, "--dry-run", "--out", str(tmp_path / "dry"))
+    assert outcome.code == 0
+    names = {path.name for path in (tmp_path / "dry").iterdir()}
+    assert names == {"report.json", "report.html", "samples.jsonl", "removed.jsonl", "bad.jsonl"}
+    for name in names:
+        assert (tmp_path / "dry" / name).read_bytes() == (tmp_path / "real" / name).read_bytes()
+
+
+def test_a_dry_run_leaves_prepared_data_alone(run_command, instructions, tmp_path):
+    options = ("prepare", "--source", str(instructions / "alpaca.json"), "--out", str(tmp_path / "out"))
+    run_command(*options)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    outcome = run_command(*options, "--rules", "legacy", "--dry-run")
+    assert outcome.code == 64
+    assert "--out" in outcome.report["hint"]
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_a_dry_run_without_a_source_is_a_usage_error(run_command):
+    outcome = run_command("prepare", "--dry-run")
+    assert outcome.code == 64
+    assert "--source" in outcome.report["hint"]
+
+
 def test_a_missing_file_is_named(run_command, tmp_path):
     outcome = run_command("prepare", "--source", str(tmp_path / "no.json"), "--out", str(tmp_path / "out"))
     assert (outcome.code, outcome.report["reason"]) == (66, "DatasetNotFound")

@@ -51,6 +51,10 @@ def test_model_and_data_are_put_where_training_finds_them(run_command, settings,
     assert manifest["digest"] == details["model_digest"]
     assert manifest["resolvedRevision"] == details["model_revision"]
     assert json.loads((workspace.reports / "prepare.json").read_text())["details"] == details
+    folder = workspace.dataset(details["dataset_digest"])
+    for kind in ("json", "html"):
+        kept = workspace.reports / f"dataset-{details['dataset_digest']}.{kind}"
+        assert kept.read_bytes() == (folder / f"report.{kind}").read_bytes()
     assert json.loads(workspace.lock_file.read_text()) == {"uid": "uid-1", "namespace": "team", "name": "story"}
 
 

@@ -37,6 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     plain.add_argument("--source", metavar="FILE", help="file, folder or URL of instruction rows")
     plain.add_argument("--out", metavar="DIR", type=pathlib.Path, help="folder for train.jsonl and its companions")
+    plain.add_argument(
+        "--dry-run", action="store_true", help="write the report and the lists of removed and bad rows, but no data"
+    )
     plain.add_argument("--format", choices=("auto", *FORMATS), default="auto", help="format of the rows")
     plain.add_argument("--rules", choices=("default", "legacy"), default="default", help="how refusals are found")
     plain.add_argument(
@@ -72,6 +75,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prepare what the arguments or the run's settings name."""
     if args.source is None:
+        if args.dry_run:
+            raise TrainerError(
+                Reason.INVALID_CONFIG, ExitCode.USAGE, "--dry-run without --source", "Add --source FILE --out DIR."
+            )
         return _run_job(args)
     if args.out is None:
         raise TrainerError(Reason.INVALID_CONFIG, ExitCode.USAGE, "--source without --out", "Add --out DIR.")
@@ -93,9 +100,9 @@ def _run_plain(args: argparse.Namespace) -> int:
     with ProgressBar("filtering", None) as bar:
         steps = _RowSteps(bar)
         counter = TokenCounter(args.tokenizer, dataset.prompt_template)
-        manifest = Preparation(dataset, args.out, counter, phrases, steps.advance).run([rows])
+        manifest = Preparation(dataset, args.out, counter, phrases, steps.advance).run([rows], dry=args.dry_run)
     shutil.rmtree(downloads, ignore_errors=True)
-    _print_summary(manifest)
+    _print_summary(manifest, args.out)
     return 0
 
 
@@ -162,11 +169,14 @@ class _RowSteps:
             self._reporter.update(_ROWS_PERCENT * share, {str(name): value for name, value in metrics.items()})
 
 
-def _print_summary(manifest: dict[str, Any]) -> None:
+def _print_summary(manifest: dict[str, Any], folder: pathlib.Path) -> None:
+    from finetune_trainer.data.output import PAGE
+
     names = {"read": "rowsRead", "kept": "rowsKept", "removed": "rowsRemoved", "bad": "rowsBad"}
     print("rows " + ", ".join(f"{name} {manifest[key]}" for name, key in names.items()))
     for rule, number in manifest["removedPerRule"].items():
         print(f"  {number:8d}  {rule}")
+    print(f"report {folder / PAGE}")
 
 
 def _run_job(args: argparse.Namespace) -> int:
@@ -251,9 +261,21 @@ def _prepare_dataset(settings: RunConfig, workspace: Workspace, reporter: Progre
             counter = TokenCounter(workspace.base_model, dataset.prompt_template)
             steps = _RowSteps(bar, reporter)
             manifest = Preparation(dataset, folder, counter, advance=steps.advance).run(sources)
+    _keep_report(workspace, digest)
     write_json(workspace.current_dataset, {"digest": digest, "request": request})
     shutil.rmtree(downloads, ignore_errors=True)
     return manifest
+
+
+def _keep_report(workspace: Workspace, digest: str) -> None:
+    """Put the report beside those of the other phases, where it outlives the data."""
+    from finetune_trainer.data.output import PAGE, REPORT
+
+    workspace.reports.mkdir(parents=True, exist_ok=True)
+    for name in (REPORT, PAGE):
+        source = workspace.dataset(digest) / name
+        if source.is_file():
+            shutil.copyfile(source, workspace.reports / f"dataset-{digest}{source.suffix}")
 
 
 def _make_request(dataset: DatasetConfig) -> str:

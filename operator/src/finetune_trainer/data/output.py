@@ -27,14 +27,15 @@ MANIFEST = "manifest.json"
 
 
 class LinesFile:
-    """A file of JSON lines that knows its own digest."""
+    """A file of JSON lines that knows its own digest; one that is not `kept` is only counted, not written."""
 
-    def __init__(self, path: pathlib.Path) -> None:
+    def __init__(self, path: pathlib.Path, *, kept: bool = True) -> None:
         self.path = path
+        self.kept = kept
         self._digest = hashlib.sha256()
         self._size = 0
         self.num_lines = 0
-        self._file = open(path, "wb")  # noqa: SIM115 - closed by close()
+        self._file = open(path if kept else os.devnull, "wb")  # noqa: SIM115 - closed by close()
 
     def __enter__(self) -> Self:
         return self
@@ -56,7 +57,8 @@ class LinesFile:
         """Make what was written durable."""
         if not self._file.closed:
             self._file.flush()
-            os.fsync(self._file.fileno())
+            if self.kept:
+                os.fsync(self._file.fileno())
             self._file.close()
 
     def to_entry(self) -> dict[str, Any]:

@@ -122,24 +122,43 @@ class Preparation:
         self._lowest_share = 2.0
         """The smallest holdout share of a kept row; its prompt is held out when chance holds out nothing."""
 
-    def run(self, sources: Sequence[SourceRows]) -> dict[str, Any]:
-        """Write the data set into the folder and return its manifest. Raises TrainerError."""
+    def run(self, sources: Sequence[SourceRows], *, dry: bool = False) -> dict[str, Any]:
+        """Write the data set into the folder and return its manifest. Raises TrainerError.
+
+        A dry run writes the report and the lists of removed and bad rows, and leaves a folder with data alone.
+        """
         self._folder.mkdir(parents=True, exist_ok=True)
+        if dry:
+            self._refuse_data()
         (self._folder / output.MANIFEST).unlink(missing_ok=True)
-        names = (output.TRAIN, output.HOLDOUT, output.REMOVED, output.BAD)
-        self._files = {name: output.LinesFile(self._folder / name) for name in names}
+        for name in (output.TRAIN, output.HOLDOUT):
+            self._files[name] = output.LinesFile(self._folder / name, kept=not dry)
+        for name in (output.REMOVED, output.BAD):
+            self._files[name] = output.LinesFile(self._folder / name)
         try:
             for index, source in enumerate(sources):
                 self._prepare_source(index, source, len(sources))
         finally:
             for file in self._files.values():
                 file.close()
-        self._hold_out_one_prompt_if_needed()
+        if not dry:
+            self._hold_out_one_prompt_if_needed()
         manifest = self._write_report(sources)
         # After the report, which says what took everything away.
         self._refuse_nothing(sources)
-        output.write_manifest(self._folder, manifest)
+        if not dry:
+            output.write_manifest(self._folder, manifest)
         return manifest
+
+    def _refuse_data(self) -> None:
+        for name in (output.TRAIN, output.MANIFEST):
+            if (self._folder / name).exists():
+                raise TrainerError(
+                    Reason.INVALID_CONFIG,
+                    ExitCode.USAGE,
+                    f"--dry-run would replace the report of the data in {self._folder}, which has a {name}",
+                    "Name another folder with --out.",
+                )
 
     def _prepare_source(self, index: int, source: SourceRows, num_sources: int) -> None:
         row_index = 0
