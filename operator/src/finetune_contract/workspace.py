@@ -45,7 +45,7 @@ class Workspace:
         return self.datasets / "current.json"
 
     def dataset(self, digest: str) -> pathlib.Path:
-        """The folder of one prepared data set: train.jsonl, holdout.jsonl, removed.jsonl, report.json and report.html."""
+        """The folder of one prepared data set: train.jsonl, holdout.jsonl, removed.jsonl, report.json, report.html."""
         return self.datasets / digest
 
     @property
@@ -69,8 +69,7 @@ class Workspace:
 
     @property
     def reports(self) -> pathlib.Path:
-        """One JSON file per phase, `dataset-<digest>.json` and `.html` about the data, and `metrics.jsonl` with one line
-        per logged training step."""
+        """One JSON file per phase, `dataset-<digest>.json` and `.html`, and `metrics.jsonl`, a line per logged step."""
         return self.root / "reports"
 
     @property
