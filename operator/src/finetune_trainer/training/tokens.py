@@ -7,7 +7,6 @@ module only batches the calls, truncates, counts what it drops, and packs.
 from __future__ import annotations
 
 import array
-import bisect
 import contextlib
 import dataclasses
 import itertools
@@ -19,6 +18,7 @@ from typing import Any
 from finetune_contract.reports import ExitCode, Reason
 from finetune_trainer.data.prompts import TOKENIZER_TEMPLATE, Message, build_segments, encode_example
 from finetune_trainer.errors import TrainerError, first_line
+from finetune_trainer.training import packing
 
 IGNORED = -100
 """Label of a token on which no loss is taken."""
@@ -158,23 +158,8 @@ def _naming_line(number: int) -> Iterator[None]:
 
 
 def pack(tokenized: TokenizedRows, max_length: int) -> TokenizedRows:
-    """Put several examples into each row, best fit first: the longest go first, each into the fullest row it fits."""
-    order = sorted(range(len(tokenized.rows)), key=lambda index: -len(tokenized.rows[index].input_ids))
-    packs: list[list[int]] = []
-    # Free room of each open pack, sorted; the second member makes equal rooms go to the oldest pack.
-    rooms: list[tuple[int, int]] = []
-    for index in order:
-        length = len(tokenized.rows[index].input_ids)
-        place = bisect.bisect_left(rooms, (length, -1))
-        if place == len(rooms):
-            packs.append([index])
-            room, number = max_length - length, len(packs) - 1
-        else:
-            free, number = rooms.pop(place)
-            packs[number].append(index)
-            room = free - length
-        if room > 1:
-            bisect.insort(rooms, (room, number))
+    """Put several examples into each row of at most `max_length` tokens."""
+    packs = packing.pack_lengths([len(row.input_ids) for row in tokenized.rows], max_length)
     packed = [_join([tokenized.rows[index] for index in members]) for members in packs]
     return dataclasses.replace(tokenized, rows=packed)
 

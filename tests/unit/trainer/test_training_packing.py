@@ -1,0 +1,68 @@
+"""Which examples share a row: dense, complete, and the same every time."""
+
+import builtins
+import inspect
+import json
+import math
+import pathlib
+import random
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from finetune_trainer.training.packing import pack_lengths
+
+ROLEPLAY = pathlib.Path(__file__).resolve().parents[4] / "shared" / "data" / "gpteacher-roleplay" / "roleplay.json"
+MODULES = (builtins, inspect, json, math, pathlib, random, st, pytest)
+
+
+def read_documentation():
+    """Return the lengths in tokens of text that people wrote: about four characters a token."""
+    owners = {*MODULES, *(each for module in MODULES for each in vars(module).values() if inspect.isclass(each))}
+    texts = {inspect.getdoc(each) or "" for owner in owners for each in vars(owner).values() if callable(each)}
+    return sorted(10 + len(text) // 4 for text in texts)
+
+
+def draw_lengths(count):
+    """Return lengths as the recipe's rows have them: lognormal, 530 tokens on average."""
+    draw = random.Random(1).lognormvariate
+    return [max(8, round(draw(math.log(400), 0.72))) for _ in range(count)]
+
+
+def share_of(lengths, max_length):
+    lengths = [min(length, max_length) for length in lengths]
+    return sum(lengths) / (len(pack_lengths(lengths, max_length)) * max_length)
+
+
+def test_rows_of_real_lengths_are_full():
+    assert share_of(draw_lengths(10_000), 2048) >= 0.999
+    documentation = read_documentation()
+    assert len(documentation) > 1000
+    assert share_of(documentation, 512) >= 0.995
+
+
+@pytest.mark.skipif(not ROLEPLAY.exists(), reason="the data set is not beside this checkout")
+def test_rows_of_a_real_instruction_set_are_full():
+    rows = json.loads(ROLEPLAY.read_text(encoding="utf-8"))
+    assert share_of([10 + sum(map(len, row.values())) // 4 for row in rows], 2048) >= 0.995
+
+
+@pytest.mark.parametrize("lengths", [[18, 13, 10, 7, 6, 6], [20, 11, 11, 8, 5, 4]])
+def test_whichever_way_needs_fewer_rows_is_taken(lengths):
+    # Best fit alone needs three rows for the first, filling rows exactly three for the second.
+    assert len(pack_lengths(lengths, 30)) == 2
+
+
+@given(st.lists(st.integers(1, 50), max_size=80))
+@example([25, 25, 25])
+@example([50, 50])
+@example([20, 10, 10, 10, 5, 5])
+def test_every_example_has_one_place_and_no_row_is_too_long(lengths):
+    packs = pack_lengths(lengths, 50)
+
+    assert sorted(index for pack in packs for index in pack) == list(range(len(lengths)))
+    assert all(sum(lengths[index] for index in pack) <= 50 for pack in packs)
+    assert packs == pack_lengths(list(lengths), 50)
+    # Whatever is left at the end would have fitted the emptiest row.
+    assert sum(sum(lengths[index] for index in pack) <= 25 for pack in packs) <= 1
