@@ -1,4 +1,4 @@
-"""The two trainers that a recovery campaign strikes: ours, and the stock Trainer beside it."""
+"""What a recovery campaign strikes: our trainer, the stock Trainer beside it, and our save engine alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Protocol
 
 from finetune_trainer.checkpoints.layout import MANIFEST, checkpoint_name, list_folders
 from finetune_trainer.checkpoints.manifest import read_manifest, verify_checkpoint
-from tests.bench import stock_trainer
+from tests.bench import recovery_engine, stock_trainer
 from tests.bench.training_process import TrainingProcess, start_forked, start_fresh, start_training
 from tests.support.training_runs import Run, end_state
 
@@ -59,6 +59,16 @@ class OurTrainer:
     def lend_a_hand(self, run: Run) -> bool:
         """Nobody should ever have to."""
         return False
+
+
+class SaveEngine(OurTrainer):
+    """Our keeper, writers and supervisor on synthetic state; a start costs no imports and no DeepSpeed."""
+
+    name = "save engine"
+
+    def start(self, run: Run, is_fresh: bool) -> TrainingProcess:
+        """Always forked: there is little to import."""
+        return start_forked(lambda: recovery_engine.train(run.workspace), run.root / "trainer.log")
 
 
 class StockTrainer:

@@ -10,16 +10,14 @@ import statistics
 import tempfile
 from collections.abc import Iterator
 
-from tests.bench.recovery_arms import Arm, OurTrainer, StockTrainer
-from tests.bench.recovery_faults import VARIANTS, plan_full_disks, plan_kills
-from tests.bench.recovery_record import OURS, STOCK, Record
+from tests.bench.recovery_arms import Arm, OurTrainer, SaveEngine, StockTrainer
+from tests.bench.recovery_faults import EVERY_STEPS, LAST_STEP, VARIANTS, plan_full_disks, plan_kills
+from tests.bench.recovery_record import ENGINE, OURS, STOCK, Record
 from tests.bench.recovery_training import Pace, Story, play
 from tests.bench.results import read_commit
 from tests.bench.small_volume import mount_small_volume
 from tests.support.training_runs import SMALL, Run, build_llama, write_data
 
-LAST_STEP = 24
-EVERY_STEPS = 3
 VOLUME_BYTES = 32 << 20
 """Room for the checkpoints that retention keeps, and some more."""
 
@@ -31,7 +29,7 @@ SETTINGS = (
     "checkpoint.keep_latest=2",
 )
 
-ARMS: dict[str, Arm] = {OURS: OurTrainer(), STOCK: StockTrainer()}
+ARMS: dict[str, Arm] = {OURS: OurTrainer(), STOCK: StockTrainer(), ENGINE: SaveEngine()}
 
 
 @dataclasses.dataclass
@@ -55,8 +53,9 @@ class Campaign:
         """Play the next run with kills, and record it."""
         number = self._record.count_runs(arm, "kills")
         reference = self._find_reference(arm, number)
+        faults = plan_kills(self._seed, number, may_be_fresh=arm != ENGINE)
         with self._make_run(number) as run:
-            story = play(ARMS[arm], run, plan_kills(self._seed, number), reference.pace, last_step=LAST_STEP)
+            story = play(ARMS[arm], run, faults, reference.pace, last_step=LAST_STEP)
         self._add(arm, "kills", number, story)
         return story
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import random
 
+LAST_STEP = 24
+EVERY_STEPS = 3
+
 FAULTS_PER_RUN = 6
 """After that many a run is left to end, so that its weights can be compared."""
 
@@ -26,7 +29,7 @@ class Fault:
     """One fault: what it strikes, and at what moment of the life of a training."""
 
     target: str
-    """pod: everything at once; rank, writer: one process; disk: the volume runs full."""
+    """pod: everything at once; supervisor, rank, writer: one process; disk: the volume runs full."""
     moment: str
     """start: before the first step; step: training; save: a save has begun; last-byte: all of its files are written."""
     count: int
@@ -36,14 +39,14 @@ class Fault:
     is_fresh: bool = False
     """Whether the life it strikes was started fresh instead of being forked."""
     rank: int = 0
-    """The rank that is struck, for one process."""
+    """The rank that is struck, or whose writer is."""
 
 
-def plan_kills(seed: int, run: int) -> list[Fault]:
+def plan_kills(seed: int, run: int, *, may_be_fresh: bool = True) -> list[Fault]:
     """Return the kills of one run of the campaign, in their order."""
     chance = random.Random(f"kills {seed} {run}")
     first = run * FAULTS_PER_RUN
-    return [_plan_kill(chance, _is_fresh(number)) for number in range(first, first + FAULTS_PER_RUN)]
+    return [_plan_kill(chance, may_be_fresh and _is_fresh(number)) for number in range(first, first + FAULTS_PER_RUN)]
 
 
 def _is_fresh(number: int) -> bool:
@@ -51,9 +54,9 @@ def _is_fresh(number: int) -> bool:
 
 
 def _plan_kill(chance: random.Random, is_fresh: bool) -> Fault:
-    target = chance.choices(("pod", "rank", "writer"), (78, 12, 10))[0]
+    target = chance.choices(("pod", "supervisor", "rank", "writer"), (66, 10, 12, 12))[0]
     if target == "writer":
-        moment = "save"
+        moment = chance.choices(("save", "step"), (75, 25))[0]
     elif target == "rank":
         moment = chance.choice(("save", "step"))
     else:

@@ -2,37 +2,46 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import pathlib
 from typing import Any
 
-OURS, STOCK = "ours", "stock"
-"""The arms: a training by us, and one by the stock Trainer."""
+OURS, STOCK, ENGINE = "ours", "stock", "engine"
+"""The arms: a training by us, one by the stock Trainer, and our save engine alone."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Sums:
     """What the faults of one kind in one arm came to."""
 
-    num_faults: int = 0
-    num_resumed: int = 0
-    num_inside: int = 0
-    num_fresh: int = 0
-    num_lost_checkpoints: int = 0
+    faults: int
+    faults_inside_a_save: int
+    faults_of_fresh_processes: int
+    faults_resumed: int
+    """Faults after which training went on by itself."""
+    lost_checkpoints: int
     """Faults after which a complete checkpoint was damaged or passed over."""
-    lost_intervals_max: float = 0.0
-    lost_intervals_mean: float = 0.0
-    num_runs: int = 0
-    num_diverged: int = 0
-    num_unfinished: int = 0
+    lost_intervals_max: float
+    lost_intervals_mean: float
+    runs: int
+    diverged_runs: int
+    unfinished_runs: int
     """Runs that never came to their end, whatever was done."""
-    num_hands: int = 0
+    helping_hands: int
 
     @property
     def resumed_share(self) -> float:
         """Share of the faults after which training went on by itself."""
-        return self.num_resumed / self.num_faults if self.num_faults else 0.0
+        return self.faults_resumed / self.faults if self.faults else 0.0
+
+    @property
+    def has_losses(self) -> bool:
+        """Whether anything was lost that must not be."""
+        return self.faults_resumed < self.faults or bool(
+            self.lost_checkpoints or self.diverged_runs or self.unfinished_runs
+        )
 
 
 class Record:
@@ -70,18 +79,22 @@ class Record:
         faults, ends = self._list(arm, kind, "fault"), self._list(arm, kind, "end")
         lost = [fault["lost_intervals"] for fault in faults]
         return Sums(
-            num_faults=len(faults),
-            num_resumed=sum(bool(fault["has_resumed"]) for fault in faults),
-            num_inside=sum(fault["was_inside"] for fault in faults),
-            num_fresh=sum(fault["fault"]["is_fresh"] for fault in faults),
-            num_lost_checkpoints=sum(fault["has_lost_checkpoint"] for fault in faults),
+            faults=len(faults),
+            faults_inside_a_save=sum(fault["was_inside"] for fault in faults),
+            faults_of_fresh_processes=sum(fault["fault"]["is_fresh"] for fault in faults),
+            faults_resumed=sum(bool(fault["has_resumed"]) for fault in faults),
+            lost_checkpoints=sum(fault["has_lost_checkpoint"] for fault in faults),
             lost_intervals_max=max(lost, default=0.0),
             lost_intervals_mean=sum(lost) / len(lost) if lost else 0.0,
-            num_runs=len(ends),
-            num_diverged=sum(end["is_finished"] and end["has_diverged"] for end in ends),
-            num_unfinished=sum(not end["is_finished"] for end in ends),
-            num_hands=sum(end["num_hands"] for end in ends),
+            runs=len(ends),
+            diverged_runs=sum(end["is_finished"] and end["has_diverged"] for end in ends),
+            unfinished_runs=sum(not end["is_finished"] for end in ends),
+            helping_hands=sum(end["num_hands"] for end in ends),
         )
+
+    def list_struck(self, arm: str) -> dict[str, int]:
+        """Return how often each kind of process was killed."""
+        return dict(sorted(collections.Counter(fault["struck"] for fault in self._list(arm, "kills", "fault")).items()))
 
     def _list(self, arm: str, kind: str, part: str) -> list[dict[str, Any]]:
         wanted = (line for line in self._lines if line["arm"] == arm and line["kind"] == kind)

@@ -12,7 +12,7 @@ from finetune_trainer.checkpoints.layout import list_folders
 from tests.bench.recovery_arms import Arm
 from tests.bench.recovery_faults import Fault
 from tests.bench.small_volume import SmallVolume
-from tests.bench.training_process import StepLog
+from tests.bench.training_process import StepLog, TrainingProcess, wait_until_gone
 from tests.support.training_runs import Run
 from tests.support.waiting import eventually
 
@@ -51,6 +51,8 @@ class Hit:
     """Last step reported in the life that was struck; None: it had not reported any."""
     complete_before: int
     """Newest complete checkpoint when the fault struck; 0: none."""
+    struck: str
+    """What was killed: all, supervisor, rank or writer; disk: nothing was."""
     was_inside: bool
     """Whether a save had begun that was not complete when it struck."""
     problems: list[str]
@@ -244,36 +246,63 @@ def _fail(hits: list[Hit], life: Life) -> None:
     error = " / ".join(tail)[-600:]
     if life.steps:
         # Nothing had struck since it last trained: that is the worst of all.
-        hits.append(Hit(Fault(NOTHING, "step", 0, 0.0), None, 0, False, [], False, error=error))
+        hits.append(Hit(Fault(NOTHING, "step", 0, 0.0), None, 0, NOTHING, False, [], False, error=error))
     for hit in hits:
         if hit.has_resumed is None:
             hit.has_resumed, hit.error = False, error
 
 
 def _strike(life: Life, fault: Fault, volume: SmallVolume | None) -> Hit:
-    complete = life.newest_complete()
-    was_inside = life.find_open_save() is not None
-    if fault.target == "disk":
-        assert volume is not None
-        _fill_until_end(life, fault, volume)
-    elif fault.target == "pod":
-        life.process.kill()
-        # Nobody writes any more: what is incomplete now was being written.
+    process = life.process
+    with process.hold():
+        complete = life.newest_complete()
         was_inside = life.find_open_save() is not None
-    else:
-        _kill_one(life, fault)
+        ranks, helpers = process.list_ranks(), process.list_helpers()
+        struck, victim = _choose_victim(fault, process, ranks, helpers)
+        if struck == "disk":
+            assert volume is not None
+            _fill(life, fault, volume)
+        elif struck == "all":
+            process.kill()
+            # Nobody writes any more: what is incomplete now was being written.
+            was_inside = life.find_open_save() is not None
+        else:
+            os.kill(victim, signal.SIGKILL)
+    if struck == "disk":
+        assert volume is not None
+        _await_end(life, fault, volume)
+    elif struck == "supervisor":
+        # What it leaves behind must end by itself: it would write into the workspace of the next pod.
+        wait_until_gone([process.pid, *ranks, *helpers])
+    elif struck != "all":
+        _await_restart(life, struck, ranks)
     life.read_rest()
     reached = life.steps[-1] if life.steps else None
     problems = life.arm.list_problems(life.run, complete) if complete else []
-    hit = Hit(fault, reached, complete, was_inside, problems, exit_code=life.process.exit_code)
+    hit = Hit(fault, reached, complete, struck, was_inside, problems, exit_code=process.exit_code)
     life.begin_again()
     return hit
 
 
-def _fill_until_end(life: Life, fault: Fault, volume: SmallVolume) -> None:
-    """Let the volume run full, and whatever is freed be taken too, until the training has stopped by itself."""
+def _choose_victim(fault: Fault, process: TrainingProcess, ranks: list[int], helpers: list[int]) -> tuple[str, int]:
+    """Return what a fault strikes, and its process: a trainer without writers is struck at a rank."""
+    if fault.target == "disk":
+        return "disk", 0
+    if fault.target == "writer" and helpers:
+        return "writer", helpers[fault.rank % len(helpers)]
+    if fault.target in ("rank", "writer") and ranks:
+        return "rank", ranks[fault.rank % len(ranks)]
+    return ("supervisor", process.pid) if fault.target == "supervisor" else ("all", process.pid)
+
+
+def _fill(life: Life, fault: Fault, volume: SmallVolume) -> None:
+    """Let the volume run full; a save that has begun still finds room for a share of a checkpoint."""
     checkpoint = max(_count_bytes(life, life.newest_complete()), 1 << 20)
     volume.leave_free(int(fault.share * checkpoint) if fault.moment == "save" else 0)
+
+
+def _await_end(life: Life, fault: Fault, volume: SmallVolume) -> None:
+    """Let whatever is freed be taken too, until the training has stopped by itself; then give the room back."""
     began = time.monotonic()
     while life.process.exit_code is None:
         if fault.moment == "step" or time.monotonic() - began > IN_SAVE_SECONDS:
@@ -288,17 +317,13 @@ def _count_bytes(life: Life, step: int) -> int:
     return sum(_list_sizes(life.run.workspace.checkpoints / f"checkpoint-{step}", step).values())
 
 
-def _kill_one(life: Life, fault: Fault) -> None:
-    """Kill one process, and wait until its ranks have been started again or the pod has ended."""
-    ranks = life.process.list_ranks()
-    helpers = life.process.list_helpers()
-    victims = helpers if fault.target == "writer" and helpers else ranks
-    os.kill(victims[fault.rank % len(victims)], signal.SIGKILL)
+def _await_restart(life: Life, struck: str, ranks: list[int]) -> None:
+    """Wait until the ranks have been started again, or the pod has ended."""
     eventually(
         lambda: life.process.exit_code is not None or _have_new(ranks, life.process.list_ranks()),
         within=HANG_SECONDS,
         every=POLL_SECONDS,
-        otherwise=f"rank {fault.rank} was killed, and nothing came of it",
+        otherwise=f"a {struck} was killed, and nothing came of it",
     )
 
 

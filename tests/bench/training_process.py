@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 from tests.support.training_runs import Run
@@ -68,18 +68,42 @@ class TrainingProcess:
         """Return the process ids of what the ranks started."""
         return [pid for rank in self.list_ranks() for pid in _list_descendants(rank)]
 
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[None]:
+        """Hold all of it still for the block, so that a kill strikes the moment that was looked for."""
+        self._send_all(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self._send_all(signal.SIGCONT)
+
     def kill(self) -> None:
         """Kill everything at once, and return when nothing of it can write any more."""
         everything = [self.pid, *_list_descendants(self.pid)]
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)
+        self._send_all(signal.SIGKILL)
         for pid in everything:
             # The number of a process that has been reaped may be another's by now.
             if pid != self.pid or self._exit_code is None:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-        eventually(lambda: not any(map(_is_alive, everything)), within=_END_SECONDS, every=0.002)
+        wait_until_gone(everything)
         self.wait(_END_SECONDS)
+
+    def _send_all(self, number: signal.Signals) -> None:
+        # The group's number may be another's once its processes have been reaped.
+        if self.exit_code is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, number)
+
+
+def wait_until_gone(pids: Collection[int]) -> None:
+    """Wait until none of these processes can write any more. Raises AssertionError when one does not end."""
+    eventually(
+        lambda: not any(map(_is_alive, pids)),
+        within=_END_SECONDS,
+        every=0.002,
+        otherwise=lambda: f"{[pid for pid in pids if _is_alive(pid)]} still run",
+    )
 
 
 def start_forked(work: Callable[[], int], log: pathlib.Path) -> TrainingProcess:
@@ -153,9 +177,18 @@ class StepLog:
             return []
         self._offset += len(data)
         *lines, self._rest = (self._rest + data).split(b"\n")
-        entries = [json.loads(line) for line in lines if line.startswith(b"{") and line.endswith(b"}")]
+        entries = [entry for entry in map(_parse_line, lines) if entry is not None]
         self.newest = entries[-1]["step"] if entries else self.newest
         return entries
+
+
+def _parse_line(line: bytes) -> dict[str, Any] | None:
+    """Return one line; None where a kill or a full disk has cut it short, with another behind it."""
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) else None
 
 
 def _write_output_to(log: pathlib.Path) -> None:
