@@ -47,7 +47,7 @@ class Corpus:
 
 def make_corpus(num_rows: int, *, seed: int = 7, planted_share: float = 0.04) -> Corpus:
     """Build `num_rows` alpaca rows, of which `planted_share` refuse or disclaim."""
-    documented = sorted(set(_documented()))
+    documented = sorted(set(list_documented()))
     chooser = random.Random(seed)
     chooser.shuffle(documented)
     num_planted = int(num_rows * planted_share)
@@ -67,7 +67,7 @@ def _spoil(text: str, chooser: random.Random) -> str:
     return chooser.choice(DISCLAIMERS) + text
 
 
-def _documented() -> Iterator[tuple[str, str]]:
+def list_documented() -> Iterator[tuple[str, str]]:
     """Yield (qualified name, documentation) of built-in and standard library names."""
     for name, value in vars(builtins).items():
         if not name.startswith("_") and callable(value):

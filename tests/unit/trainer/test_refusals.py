@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from finetune_contract.run_config import FilterConfig
 from finetune_trainer.data.findings import Finding
-from finetune_trainer.data.folding import FoldedText, find_original_span, fold
+from finetune_trainer.data.folding import EDGE_SENTENCES, FoldedText, find_original_span, fold
 from finetune_trainer.data.formats import parse_row
 from finetune_trainer.data.refusals import RowFilter, RuleFilter, make_filter
 from finetune_trainer.data.rules import CATEGORIES, Rule, list_languages, read_rules
@@ -150,3 +150,10 @@ def test_folding_is_stable_and_spans_lie_in_the_original(text):
 def test_no_text_upsets_the_engine(text):
     removal = judge(text or "x")
     assert removal is None or removal.span[1] <= len(text)
+
+
+@given(st.text(alphabet="ab .!?\n*\u3002", max_size=80), st.integers(0, 700))
+def test_the_last_sentences_are_found_from_the_end(text, padding):
+    folded = FoldedText(text + "x" * padding + text)
+    assert folded.closing_starts == folded.sentence_starts[-EDGE_SENTENCES:]
+    assert folded.opening_starts == folded.sentence_starts[:EDGE_SENTENCES][: len(folded.opening_starts)]

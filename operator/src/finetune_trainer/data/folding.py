@@ -21,6 +21,7 @@ _SPELLINGS = (
 _UNUSUAL = re.compile(f"[{''.join(_SPELLINGS)}]")
 _SPACES = {"\t": " ", "\v": " ", "\f": " ", "\r": "\n", "\x1c": "\n", "\x1d": "\n", "\x1e": "\n", "\x1f": " "}
 
+_INDENT = re.compile(r"\n[ \n]+")
 _WORD = re.compile(r"\S+|\s+")
 _LONG_SPACE = re.compile(r"\s{2,}")
 _SENTENCE_END = re.compile(
@@ -34,6 +35,8 @@ EDGE_SENTENCES = 3
 """How many sentences from its start count as an answer's opening, and from its end as its close."""
 EDGE_CHARACTERS = 320
 """The opening reaches no further than this, however long its sentences are."""
+TAIL_CHARACTERS = 600
+"""Where the last sentences are looked for first."""
 
 
 def fold(text: str) -> str:
@@ -59,13 +62,11 @@ def _fold_spaces(text: str) -> str:
     for space, plain in _SPACES.items():
         if space in text:
             text = text.replace(space, plain)
+    if "\n" in text:
+        text = _INDENT.sub("\n", text)
     while "  " in text:
         text = text.replace("  ", " ")
-    if "\n" in text:
-        text = text.replace(" \n", "\n").replace("\n ", "\n")
-        while "\n\n" in text:
-            text = text.replace("\n\n", "\n")
-    return text
+    return text.replace(" \n", "\n") if " \n" in text else text
 
 
 def find_original_span(text: str, start: int, end: int) -> tuple[int, int]:
@@ -132,31 +133,33 @@ class FoldedText:
     @functools.cached_property
     def sentence_starts(self) -> list[int]:
         """Positions at which a sentence begins."""
-        starts = [self.body_start]
-        for match in _SENTENCE_END.finditer(self.text, self.body_start):
-            start = _skip_markup(self.text, match.end())
-            if starts[-1] < start < len(self.text):
-                starts.append(start)
-        return starts
+        return self.sentence_starts_in(0, len(self.text))
 
     @functools.cached_property
     def opening_starts(self) -> list[int]:
         """Positions at which the first sentences begin; none in a letter."""
         if self.is_letter:
             return []
-        starts = [self.body_start]
-        for match in _SENTENCE_END.finditer(self.text, self.body_start):
-            start = _skip_markup(self.text, match.end())
-            if len(starts) == EDGE_SENTENCES or start - self.body_start > EDGE_CHARACTERS:
-                break
-            if starts[-1] < start < len(self.text):
-                starts.append(start)
-        return starts
+        return self.sentence_starts_in(0, self.body_start + EDGE_CHARACTERS)[:EDGE_SENTENCES]
 
-    @property
+    @functools.cached_property
     def closing_starts(self) -> list[int]:
         """Positions at which the last sentences begin."""
-        return self.sentence_starts[-EDGE_SENTENCES:]
+        starts = self.sentence_starts_in(len(self.text) - TAIL_CHARACTERS, len(self.text))
+        # If enough sentences begin in the tail, they are the last of the whole text too.
+        return (starts if len(starts) >= EDGE_SENTENCES else self.sentence_starts)[-EDGE_SENTENCES:]
+
+    def sentence_starts_in(self, first: int, last: int) -> list[int]:
+        """Return the positions from `first` to `last` at which a sentence begins."""
+        begin = max(first, self.body_start)
+        starts = [self.body_start] if begin == self.body_start else []
+        for match in _SENTENCE_END.finditer(self.text, begin):
+            start = _skip_markup(self.text, match.end())
+            if start > last or start == len(self.text):
+                break
+            if not starts or starts[-1] < start:
+                starts.append(start)
+        return starts
 
     @functools.cached_property
     def is_letter(self) -> bool:

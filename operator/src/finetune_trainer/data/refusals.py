@@ -22,7 +22,7 @@ from finetune_trainer.errors import TrainerError
 
 if TYPE_CHECKING:
     import re
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from finetune_contract.run_config import FilterConfig
     from finetune_trainer.data.findings import Action
@@ -180,7 +180,8 @@ class _AnchorSearch:
         owners: dict[str, list[int]] = {}
         for index, rule in enumerate(rules):
             for anchor in rule.anchors if is_wanted(rule) else ():
-                owners.setdefault(fold(anchor), []).append(index)
+                for spelling in _list_spellings(fold(anchor)):
+                    owners.setdefault(spelling, []).append(index)
         self._owners = list(owners.values())
         self._search = PhraseSearch(list(owners))
 
@@ -193,13 +194,20 @@ class _AnchorSearch:
         return places
 
 
+def _list_spellings(anchor: str) -> Iterator[str]:
+    """Yield the anchor with a space or a newline in each of its gaps: a text may be wrapped anywhere."""
+    for spaces in itertools.product(" \n", repeat=anchor.count(" ")):
+        gaps = iter((*spaces, ""))
+        yield "".join(part + next(gaps) for part in anchor.split(" "))
+
+
 def find_matches(rule: Rule, folded: FoldedText, hits: Sequence[int]) -> Iterator[tuple[int, int]]:
     """Yield where a rule matches in the right place; `hits` are the places of its anchors."""
     if rule.position == "anywhere":
         matches = _search_around(rule.pattern, folded.text, hits)
     else:
         # Tried at the beginnings of sentences only, a pattern is never searched for through a whole text.
-        starts = [start for start in _list_starts(rule.position, folded) if _is_near(start, hits)]
+        starts = _list_starts(rule.position, folded, hits)
         matches = (match for start in starts if (match := rule.pattern.match(folded.text, start)))
     return (match.span() for match in matches if _counts(rule, folded, match.start()))
 
@@ -218,14 +226,13 @@ def _search_around(pattern: re.Pattern[str], text: str, hits: Sequence[int]) -> 
         yield from pattern.finditer(text, start, stop if stop >= 0 else len(text))
 
 
-def _list_starts(position: str, folded: FoldedText) -> Sequence[int]:
-    if position == "opening":
-        return folded.opening_starts
-    if position == "closing":
-        return folded.closing_starts
-    if position == "edges":
-        return sorted({*folded.opening_starts, *folded.closing_starts})
-    return folded.sentence_starts
+def _list_starts(position: str, folded: FoldedText, hits: Sequence[int]) -> Iterable[int]:
+    """Return where sentences begin that a rule of this position may match, with an anchor in reach of each."""
+    if position == "sentence":
+        return sorted({start for hit in hits for start in folded.sentence_starts_in(hit - REACH, hit)})
+    starts = set(folded.opening_starts if position in ("opening", "edges") else ())
+    starts.update(folded.closing_starts if position in ("closing", "edges") else ())
+    return sorted(start for start in starts if _is_near(start, hits))
 
 
 def _is_near(start: int, hits: Sequence[int]) -> bool:

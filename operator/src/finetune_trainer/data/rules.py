@@ -14,7 +14,7 @@ import tomllib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 CATEGORIES = ("refusal", "disclaimer", "moralising", "identity", "knowledge-cutoff")
 POSITIONS = ("opening", "closing", "edges", "sentence", "anywhere")
@@ -99,7 +99,7 @@ def _read_file(path: pathlib.Path) -> list[Rule]:
                 language=data["language"],
                 category=entry["category"],
                 position=entry["position"],
-                anchors=tuple(entry["anchors"]),
+                anchors=_list_anchors(entry["anchors"], data.get("anchors", {}), place),
                 pattern=_compile(text, place),
                 unless=_compile(_expand(entry["unless"], fragments, path), place) if "unless" in entry else None,
                 weight=float(entry.get("weight", 1.0)),
@@ -122,6 +122,14 @@ def _validate(entry: Mapping[str, Any], place: str) -> None:
         raise RuleError(f"{place}: position is one of {', '.join(POSITIONS)}, not {entry['position']}")
     if not (entry["anchors"] and entry["match"] and entry["no_match"]):
         raise RuleError(f"{place}: anchors, match and no_match need an entry each")
+
+
+def _list_anchors(entries: Sequence[str], lists: Mapping[str, Sequence[str]], place: str) -> tuple[str, ...]:
+    """Return the anchors with `@name` replaced by the file's list of that name."""
+    names = {entry[1:] for entry in entries if entry.startswith("@")}
+    if unknown := sorted(names - set(lists)):
+        raise RuleError(f"{place}: no list of anchors is called {unknown[0]}")
+    return tuple(anchor for entry in entries for anchor in (lists[entry[1:]] if entry[0] == "@" else (entry,)))
 
 
 def _expand(text: str, fragments: Mapping[str, str], path: pathlib.Path) -> str:
