@@ -95,6 +95,18 @@ CASES = (
         failed=False,
         condition=("Scheduled", "False"),
     ),
+    Case(
+        "memory-small",
+        {"training": {"pod": {"resources": {"limits": {"memory": "96Mi"}}}}},
+        "OutOfMemoryKilled",
+        ("pod memory-small-train-1-0", "exit code 137", "raise resources.memory"),
+    ),
+    Case(
+        "trainer-error",
+        {"training": {"deepspeed": {"config": {"zero_optimization": {"stage": "many"}}}}},
+        "InvalidConfig",
+        ("pod trainer-error-train-1-0", "rank 0", "training.deepspeed.config"),
+    ),
 )
 
 

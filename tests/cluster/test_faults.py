@@ -1,4 +1,4 @@
-"""One training through the faults of nodes and daemons, on a real cluster.
+"""One training through the faults of nodes and daemons, on a real cluster; beside it a job whose S3 comes and goes.
 
 The fixture lives through it once, each fault in its hardest moment: kills fall into a save. Each test reads one
 promise.
@@ -6,6 +6,7 @@ What `test_story.py` shows (API server restarted, operator killed, S3 away at th
 """
 
 import dataclasses
+import pathlib
 import re
 
 import pytest
@@ -35,7 +36,18 @@ class Seen:
 
 
 @pytest.fixture(scope="module")
-def seen(operator, world, make_namespace):
+def away(operator, world, make_namespace):
+    """A job whose S3 server is down from the start, and whose workspace is not there yet."""
+    namespace = make_namespace("away")
+    status = world.read_status()["s3"]
+    certificate = pathlib.Path(status["authority"]).read_text()
+    world.write_secret(namespace, AWS_ENDPOINT_URL_S3=status["tlsUrl"], AWS_CA_BUNDLE=certificate)
+    yield apply_job(world.cluster, namespace, make_job("away", workspace={"existingClaim": "later"}))
+    world.tool("stop", "s3-tls")
+
+
+@pytest.fixture(scope="module")
+def seen(away, operator, world, make_namespace):
     job = apply_job(
         world.cluster,
         make_namespace("faults"),
@@ -132,3 +144,34 @@ def test_a_lost_node_is_named_while_it_is_silent_and_uses_up_no_restart(seen):
 def test_no_checkpoint_was_lost_on_the_way(seen):
     resumed = [_attempt(seen.after_node, number)["resumedFromStep"] for number in (2, 3, 4)]
     assert resumed == sorted(resumed)
+
+
+def test_a_storage_that_is_away_at_the_start_is_named_and_waited_for(seen, away, world):
+    told = [event for event in away.events() if event["reason"] == "SourceUnavailable"]
+    assert told
+    assert told[0]["type"] == "Warning"
+    assert "did not answer" in told[0]["message"]
+    assert away.condition("Finished")["status"] == "False"
+    world.tool("start", "s3-tls")
+    away.wait_for_condition("StorageReady", "False", reason="ClaimNotFound", within=PATIENCE)
+
+
+def test_a_storage_that_goes_between_two_phases_is_waited_for_by_the_pod_and_training_needs_none(seen, away, world):
+    away.wait_for_condition("StorageReady", "False", reason="ClaimNotFound", within=PATIENCE)
+    world.tool("stop", "s3-tls")
+    world.cluster.apply(
+        {
+            "apiVersion": "v1",
+            "kind": "PersistentVolumeClaim",
+            "metadata": {"name": "later", "namespace": away.namespace},
+            "spec": {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "1Gi"}}},
+        }
+    )
+    selector = ("-l", "finetune.dev/component=prepare", "-n", away.namespace, "--tail=-1", "--ignore-errors")
+    eventually(lambda: "trying again" in world.cluster.run("logs", *selector), within=PATIENCE, otherwise=away.describe)
+    world.tool("start", "s3-tls")
+    away.wait_for_condition("DatasetReady", within=PATIENCE)
+    world.tool("stop", "s3-tls")
+    away.wait_for_condition("Promoted", within=PATIENCE)
+    assert away.status()["restarts"] == 0
+    away.patch(suspend=True)
