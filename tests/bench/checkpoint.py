@@ -1,30 +1,40 @@
-"""What a save costs training: time of steps with saves minus without, over the saves, beside `torch.save` and fsync.
+"""What a save costs training: time of steps with a save minus without, beside `torch.save` and fsync.
 
 The state is real: fp32 weights and the moments of an AdamW that steps, with the gradients left out. It goes through the
-trainer's keeper, buffer and writer. A rank is pinned to one core; its writer may use the others. Extra memory of a
-rank: its buffer, as large as its share of the state.
+trainer's keeper, buffer and writer. A rank is pinned to one core; its writer runs on the others, or on the same one in
+the cases named so. Blocks with and without saves take turns, so that what else the machine does meets both alike, and
+are as long as the writing beside them. The k-th step after a save counts with its median over all saves: a burst of
+other work then falls out. Extra memory of a rank: its buffer, as large as its share of the state. Room on the disk:
+twice the state.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import fcntl
+import json
 import os
 import pathlib
 import shutil
+import signal
 import socket
-import tempfile
+import statistics
+import sys
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
 
 os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
 
-from finetune_contract.run_config import DatasetConfig, RunConfig, Source
-from tests.bench.results import Result, write_results
+from finetune_contract.run_config import CheckpointConfig, DatasetConfig, RunConfig, Source
+from tests.bench.results import FOLDER, Result, write_results
+from tests.bench.training_process import start_forked
 
 GIB = 1 << 30
 _BYTES_PER_WEIGHT = 12
+_CASE_SECONDS = 900.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,55 +42,66 @@ class Case:
     """One state, on so many ranks."""
 
     state_bytes: int
-    num_ranks: int
-    num_saves: int
-    steps_per_save: int
+    num_rounds: int
+    num_ranks: int = 1
+    is_one_core: bool = False
+    """Whether the writer has to share the rank's core."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """Stalls in seconds, and what a save took until it was committed."""
+    """Seconds of rank 0, which waits for the others at each save; medians over the rounds."""
 
     stall: float
+    """What a save adds to the time of the steps: standing still, and the steps beside the writing being slower."""
     baseline: float
+    """The same, of `torch.save` and fsync."""
+    standstill: float
+    """How long training stands still for a save."""
     commit: float
+    """From the start of a save until it is committed."""
+    first: float
+    """How long training stands still for the first save of all."""
+    step: float
+    num_steps: int
+    """Steps after each save."""
 
 
 def measure(case: Case, folder: pathlib.Path) -> Measured:
-    """Run one case in forked ranks, and return the figures of rank 0, which waits for the others at each save."""
+    """Run one case in forked ranks. Raises SystemExit with the log where a rank fails."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    reader, writer = os.pipe()
-    pids = []
-    for rank in range(case.num_ranks):
-        pid = os.fork()
-        if pid == 0:
-            code = 1
-            try:
-                os.environ.update(
-                    RANK=str(rank), WORLD_SIZE=str(case.num_ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-                )
-                found = _measure_rank(case, folder, rank)
-                if rank == 0:
-                    os.write(writer, f"{found.stall} {found.baseline} {found.commit}".encode())
-                code = 0
-            finally:
-                os._exit(code)
-        pids.append(pid)
-    os.close(writer)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+        rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    folder.mkdir(parents=True)
+    log, answer = folder / "log", folder / "answer"
+
+    def work(rank: int) -> int:
+        os.environ.update(rendezvous, RANK=str(rank), WORLD_SIZE=str(case.num_ranks))
+        found = _measure_rank(case, folder, rank)
+        if rank == 0:
+            answer.write_text(json.dumps(dataclasses.asdict(found)))
+        return 0
+
+    processes = [start_forked(lambda rank=rank: work(rank), log) for rank in range(case.num_ranks)]
+    try:
+        codes = [process.wait(_CASE_SECONDS) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     if any(codes):
-        raise SystemExit(f"ranks ended with {codes}")
-    return Measured(*map(float, os.read(reader, 1000).split()))
+        raise SystemExit(f"{log.read_text()}\nranks ended with {codes}")
+    return Measured(**json.loads(answer.read_text()))
 
 
 def _measure_rank(case: Case, folder: pathlib.Path, rank: int) -> Measured:
     from finetune_trainer.checkpoints.writer import Writer
 
-    writer = Writer.start()
     cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {cores[rank % len(cores)]})
+    own = {cores[rank % len(cores)]}
+    if case.is_one_core:
+        os.sched_setaffinity(0, own)
+    writer = Writer.start()
+    os.sched_setaffinity(0, own)
     import torch
 
     torch.set_num_threads(1)
@@ -89,20 +110,14 @@ def _measure_rank(case: Case, folder: pathlib.Path, rank: int) -> Measured:
     from finetune_trainer.distributed import ControlGroup
     from finetune_trainer.training.keeper import CheckpointKeeper
 
-    run = RunConfig(Source(""), DatasetConfig(()), workspace=str(folder))
+    run = RunConfig(Source(""), DatasetConfig(()), workspace=str(folder), checkpoint=CheckpointConfig(keep_latest=1))
     keeper = CheckpointKeeper(run, ControlGroup(), 1, writer=writer)
     keeper.start()
     weight = torch.nn.Parameter(torch.randn(case.state_bytes // _BYTES_PER_WEIGHT // case.num_ranks))
     weight.grad = torch.full_like(weight, 1e-3)
-    optimizer = torch.optim.AdamW([weight], lr=1e-4)
-    state = _State(keeper, weight, optimizer, folder / f"baseline-{rank}.pt")
     keeper.reserve(case.state_bytes // case.num_ranks)
-    state.step()
-    without = _time_steps(case, state, lambda _: None)
-    ours = _time_steps(case, state, state.save)
-    commit = keeper.last_save_seconds
-    baseline = _time_steps(case, state, state.save_with_torch)
-    return Measured((ours - without) / case.num_saves, (baseline - without) / case.num_saves, commit)
+    optimizer = torch.optim.AdamW([weight], lr=1e-4, fused=True)
+    return _measure_state(case, _State(keeper, weight, optimizer, folder / f"baseline-{rank}.pt"))
 
 
 @dataclasses.dataclass
@@ -121,14 +136,17 @@ class _State:
     def _to_save(self) -> dict[str, Any]:
         return {"weight": self.weight.data, "optimizer": self.optimizer.state_dict()}
 
-    def save(self, _index: int) -> None:
+    def save_not(self) -> None:
+        pass
+
+    def save(self) -> None:
         from finetune_trainer.training.snapshot import draw_state
 
         self.keeper.before_save()
         image = draw_state(f"global_step{self.num_steps}/shard_{self.keeper.group.rank}.pt", self._to_save())
         self.keeper.save(self.num_steps, [image], {})
 
-    def save_with_torch(self, _index: int) -> None:
+    def save_with_torch(self) -> None:
         import torch
 
         with self.baseline_path.open("wb") as file:
@@ -137,42 +155,106 @@ class _State:
             os.fsync(file.fileno())
         self.keeper.group.barrier()
 
+    def tidy(self) -> None:
+        self.keeper.settle()
+        self.baseline_path.unlink(missing_ok=True)
+        self.keeper.group.barrier()
 
-def _time_steps(case: Case, state: _State, save: Callable[[int], None]) -> float:
-    """Return the time of all steps, a save after every so many; the last save is waited for outside the time."""
-    state.keeper.group.barrier()
-    started = time.monotonic()
-    for index in range(case.num_saves):
-        save(index)
-        for _ in range(case.steps_per_save):
+
+def _measure_state(case: Case, state: _State) -> Measured:
+    for _ in range(3):
+        state.step()
+    _time_block(state, state.save, 1)
+    first = state.keeper.last_seconds
+    num_steps = _count_steps_beside_save(state)
+    blocks: dict[str, list[list[float]]] = {"save_not": [], "save": [], "save_with_torch": []}
+    standstills, commits = [], []
+    for number in range(case.num_rounds):
+        names = [*blocks][number % 3 :] + [*blocks][: number % 3]
+        for name in names:
+            blocks[name].append(_time_block(state, getattr(state, name), num_steps))
+        standstills.append(state.keeper.last_seconds)
+        commits.append(state.keeper.last_save_seconds)
+    step = statistics.median(seconds for block in blocks["save_not"] for seconds in block[1:])
+    stall, baseline = (
+        sum(statistics.median(times) for times in zip(*blocks[name], strict=True)) - num_steps * step
+        for name in ("save", "save_with_torch")
+    )
+    commit = statistics.median(commits)
+    return Measured(stall, baseline, statistics.median(standstills), commit, first, step, num_steps)
+
+
+def _count_steps_beside_save(state: _State) -> int:
+    """Return how many steps cover the writing of a save; the same on every rank."""
+    counts = []
+    for _ in range(2):
+        started = step = state.num_steps
+        state.save()
+        while state.keeper.latest_complete != step:
             state.step()
-    seconds = time.monotonic() - started
-    state.keeper.settle()
-    return seconds
+        counts.append(state.num_steps - started)
+    return max(state.keeper.group.gather(min(counts) * 3 // 2 + 1))
+
+
+def _time_block(state: _State, save: Callable[[], None], num_steps: int) -> list[float]:
+    """Return the times of a save and of each step after it; what is still in flight then is waited for outside them."""
+    state.keeper.group.barrier()
+    times = []
+    for work in [save] + num_steps * [state.step]:
+        started = time.monotonic()
+        work()
+        times.append(time.monotonic() - started)
+    state.tidy()
+    return times
+
+
+@contextlib.contextmanager
+def _scratch() -> Iterator[pathlib.Path]:
+    """Give a folder of this benchmark alone; what a killed run has left there goes first."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    folder = FOLDER / "checkpoint-scratch"
+    with (FOLDER / "checkpoint.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _leave(_number: int, _frame: Any) -> NoReturn:
+    sys.exit("stopped")
 
 
 def main() -> None:
-    """Measure three cases."""
+    """Measure the cases."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gib", type=float, default=2.25, help="size of the largest state")
-    parser.add_argument("--saves", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=20, help="steps after each save")
+    parser.add_argument("--rounds", type=int, default=3, help="saves of each kind, per case")
+    parser.add_argument("--cases", nargs="*", default=[], help="only these")
     options = parser.parse_args()
-    size = int(options.gib * GIB)
+    signal.signal(signal.SIGTERM, _leave)
+    size, rounds = int(options.gib * GIB), options.rounds
     cases = {
-        "stall_seconds": Case(size, 1, options.saves, options.steps),
-        "stall_seconds_quarter_state": Case(size // 4, 1, options.saves, 4 * options.steps),
-        "stall_seconds_two_ranks": Case(size, 2, options.saves, 2 * options.steps),
+        "": Case(size, rounds),
+        "_one_core": Case(size, rounds, is_one_core=True),
+        "_two_ranks": Case(size, rounds, num_ranks=2),
+        "_quarter_state": Case(size // 4, rounds),
     }
-    results = []
-    for metric, case in cases.items():
-        folder = pathlib.Path(tempfile.mkdtemp(prefix="bench-checkpoint-"))
-        try:
-            found = measure(case, folder)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-        results.append(Result(metric, found.stall, "s", "torch.save + fsync", found.baseline))
-        results.append(Result(metric.replace("stall", "commit"), found.commit, "s"))
+    results, found = [], {}
+    with _scratch() as folder:
+        for suffix, case in cases.items():
+            if options.cases and suffix.lstrip("_") not in options.cases:
+                continue
+            found[suffix] = one = measure(case, folder / f"case{suffix}")
+            shutil.rmtree(folder / f"case{suffix}")
+            results.append(Result(f"stall_seconds{suffix}", one.stall, "s", "torch.save + fsync", one.baseline))
+            results.append(
+                Result(f"standstill_seconds{suffix}", one.standstill, "s", "torch.save + fsync", one.baseline)
+            )
+            results.append(Result(f"first_standstill_seconds{suffix}", one.first, "s"))
+            results.append(Result(f"commit_seconds{suffix}", one.commit, "s"))
+            print(suffix or "largest", one, flush=True)
     memory = Result("buffer_bytes", size, "B")
     write_results("checkpoint", [*results, memory], options=vars(options))
 
