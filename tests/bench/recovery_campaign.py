@@ -14,7 +14,7 @@ from tests.bench.recovery_arms import Arm, OurTrainer, SaveEngine, StockTrainer
 from tests.bench.recovery_faults import EVERY_STEPS, LAST_STEP, VARIANTS, plan_full_disks, plan_kills
 from tests.bench.recovery_record import ENGINE, OURS, STOCK, Record
 from tests.bench.recovery_training import Pace, Story, play
-from tests.bench.results import read_commit
+from tests.bench.results import REPOSITORY, read_commit
 from tests.bench.small_volume import mount_small_volume
 from tests.support.training_runs import SMALL, Run, build_llama, write_data
 
@@ -40,12 +40,17 @@ class Reference:
     pace: Pace
 
 
+class CodeChangedError(RuntimeError):
+    """Runs of the same campaign would train with different code."""
+
+
 class Campaign:
-    """The runs of one seed; `record` says which are done."""
+    """The runs of one seed; `record` says which are done. Raises CodeChangedError where a run is of no use for it."""
 
     def __init__(self, seed: int, record: Record, folder: pathlib.Path, import_seconds: float) -> None:
         self._seed, self._record, self._folder = seed, record, folder
         self._import_seconds = import_seconds
+        self._code = _read_code_times()
         self._data, self._model = write_data(folder / "data"), build_llama(folder / "model")
         self._references: dict[tuple[str, int], Reference] = {}
 
@@ -96,16 +101,23 @@ class Campaign:
             shutil.rmtree(root, ignore_errors=True)
 
     def _add(self, arm: str, kind: str, number: int, story: Story) -> None:
+        if _read_code_times() != self._code:
+            # Fresh starts import what lies there now, the forked ones what lay there when this process began.
+            raise CodeChangedError("files below operator/src have changed since the campaign was begun; run it again")
         reference = self._find_reference(arm, number)
         faults = [{**hit.to_json(), "lost_intervals": hit.lost_steps / EVERY_STEPS} for hit in story.hits]
-        has_diverged = story.is_finished and story.weights != reference.weights
         self._record.add_run(
             arm,
             kind,
             number,
             faults,
             is_finished=story.is_finished,
-            has_diverged=has_diverged,
+            has_diverged=story.is_finished and story.weights != reference.weights,
+            differing=[name for name in story.weights if story.weights[name] != reference.weights.get(name)],
             num_hands=story.num_hands,
             commit=read_commit(),
         )
+
+
+def _read_code_times() -> dict[pathlib.Path, int]:
+    return {path: path.stat().st_mtime_ns for path in (REPOSITORY / "operator" / "src").rglob("*.py")}
