@@ -77,6 +77,26 @@ def build_tiny_mpt(folder: pathlib.Path, texts: Iterable[str], *, vocab_size: in
     return write_model(folder, config, tokenizer, seed)
 
 
+def build_tiny_classifiers(root: pathlib.Path, texts: Iterable[str], *, seed: int = 0) -> dict[str, pathlib.Path]:
+    """Write random classifiers with the labels NORMAL and REFUSAL, and return their folders by family."""
+    import torch
+    from transformers import AutoModelForSequenceClassification, BertConfig, LlamaConfig
+
+    tokenizer = build_tokenizer(texts, 400, adds_bos=True)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    labels = {"id2label": {0: "NORMAL", 1: "REFUSAL"}, "label2id": {"NORMAL": 0, "REFUSAL": 1}}
+    # Far from zero, so that different texts get different scores.
+    common = {**sizes, **labels, "vocab_size": len(tokenizer), "max_position_embeddings": 64, "initializer_range": 0.3}
+    configs = {"bert": BertConfig(**common), "llama": LlamaConfig(**common, pad_token_id=None)}
+    for family, config in configs.items():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = AutoModelForSequenceClassification.from_config(config)
+        model.save_pretrained(root / family)
+        tokenizer.save_pretrained(root / family)
+    return {family: root / family for family in configs}
+
+
 def build_tokenizer(texts: Iterable[str], vocab_size: int, *, adds_bos: bool) -> Any:
     """Train a byte-level BPE tokenizer; it has no padding token, as many real base models have none."""
     import tokenizers

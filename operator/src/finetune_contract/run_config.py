@@ -110,6 +110,24 @@ class QualityConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class JudgeConfig:
+    """A classifier that is asked about the rows that the rules are unsure of."""
+
+    source: str = ""
+    """Folder of a sequence classifier in Hugging Face layout, as in Source; empty: no judge."""
+    revision: str = ""
+    secret_prefix: str = ""
+    labels: tuple[str, ...] = ()
+    """Names or numbers of the classifier's labels that mean "remove"; empty: those whose names say so."""
+    threshold: float = 0.5
+    """Probability from which on a row is removed."""
+    audit_fraction: float = 0.01
+    """Share of the rows the rules are sure of that the judge is asked about too, for the report."""
+    text: str = "{output}"
+    """What is judged, with `{instruction}` and `{output}` for a question and its answer."""
+
+
+@dataclasses.dataclass(frozen=True)
 class DatasetConfig:
     """The data of the run."""
 
@@ -120,6 +138,7 @@ class DatasetConfig:
     """wizardlm, alpaca, vicuna, tokenizer, or a text with `{instruction}` and `{input}`."""
     filter: FilterConfig = FilterConfig()
     quality: QualityConfig = QualityConfig()
+    judge: JudgeConfig = JudgeConfig()
     holdout_fraction: float = 0.02
     max_bad_rows: int = 0
     seed: int = 42

@@ -216,7 +216,9 @@ def _keep_identity(run: RunConfig, frozen: RunConfig) -> RunConfig:
     kept = {name: getattr(frozen.training, name) for name in (*IDENTITY_TRAINING, "logging_steps")}
     training = dataclasses.replace(run.training, **kept)
     dataset = dataclasses.replace(
-        frozen.dataset, sources=tuple(_renew_secret(old, run.dataset.sources) for old in frozen.dataset.sources)
+        frozen.dataset,
+        sources=tuple(_renew_secret(old, run.dataset.sources) for old in frozen.dataset.sources),
+        judge=dataclasses.replace(frozen.dataset.judge, secret_prefix=run.dataset.judge.secret_prefix),
     )
     model = dataclasses.replace(frozen.model, secret_prefix=run.model.secret_prefix)
     return dataclasses.replace(
@@ -328,6 +330,8 @@ def _refuse_what_is_not_allowed(spec: FineTuneJobSpec, run: RunConfig, settings:
     limits, topology = settings.limits, run.topology
     urls = [("model.source", run.model.source)]
     urls += [("dataset.source", each.source) for each in run.dataset.sources]
+    if run.dataset.judge.source:
+        urls.append(("dataset.judge.source", run.dataset.judge.source))
     urls += [("promotion.destinations", each.destination) for each in run.promotion.destinations]
     if run.checkpoint.mirror.destination:
         urls.append(("checkpoint.mirror.destination", run.checkpoint.mirror.destination))

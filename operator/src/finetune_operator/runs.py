@@ -17,6 +17,7 @@ from finetune_contract.run_config import (
     FilterActions,
     FilterConfig,
     JobIdentity,
+    JudgeConfig,
     PromotionConfig,
     QualityConfig,
     RunConfig,
@@ -25,7 +26,7 @@ from finetune_contract.run_config import (
 )
 
 from . import recipes
-from .api.inputs import DatasetFilter
+from .api.inputs import DatasetFilter, DatasetJudge
 from .api.v1alpha1 import FineTuneJob, FineTuneJobSpec
 from .settings import Settings
 
@@ -83,6 +84,7 @@ def _resolve_dataset(spec: FineTuneJobSpec) -> DatasetConfig:
         prompt_template=dataset.prompt_template or recipes.PROMPTS[spec.training.recipe],
         filter=_resolve_filter(dataset.filter),
         quality=_resolve_quality(spec),
+        judge=_resolve_judge(dataset.judge),
         holdout_fraction=float(dataset.holdout_fraction),
         max_bad_rows=dataset.max_bad_rows,
         seed=dataset.seed,
@@ -120,6 +122,20 @@ def _resolve_quality(spec: FineTuneJobSpec) -> QualityConfig:
             "contamination_tasks": tuple(spec.evaluation.tasks),
         }
     return QualityConfig(**settings)
+
+
+def _resolve_judge(judge: DatasetJudge | None) -> JudgeConfig:
+    if judge is None:
+        return JudgeConfig()
+    return JudgeConfig(
+        judge.source,
+        judge.revision or "",
+        _prefix(judge, "JUDGE"),
+        tuple(judge.labels),
+        float(judge.threshold),
+        float(judge.audit_fraction),
+        judge.text,
+    )
 
 
 def _prefix(owner: Any, name: str) -> str:
@@ -169,7 +185,7 @@ def resolve_secrets(spec: FineTuneJobSpec) -> dict[Phase, tuple[Mapping[str, Any
     )
     return {
         Phase.INSPECT: inputs,
-        Phase.PREPARE: inputs,
+        Phase.PREPARE: (*inputs, *(entry(spec.dataset.judge, "JUDGE") if spec.dataset.judge else ())),
         Phase.TRAIN: (*mirror, *plain),
         Phase.PROMOTE: (),
         Phase.EVALUATE: model,

@@ -139,7 +139,8 @@ def test_secrets_are_read_by_the_phases_that_need_them_under_the_prefix_of_their
                 {"source": "s3://a/1", "secretRef": {"name": "one"}},
                 {"source": "s3://a/2"},
                 {"source": "s3://a/3", "secretRef": {"name": "three"}},
-            ]
+            ],
+            "judge": {"source": "hf://a/judge", "secretRef": {"name": "judge"}, "labels": ["1"]},
         },
         promotion={"destinations": [{"destination": "s3://out/x", "secretRef": {"name": "out"}}]},
         training={"tracking": {"wandb": {"secretRef": {"name": "wandb"}}}},
@@ -151,7 +152,7 @@ def test_secrets_are_read_by_the_phases_that_need_them_under_the_prefix_of_their
     inputs = [("FINETUNE_MODEL_", "hub"), ("FINETUNE_DATASET_0_", "one"), ("FINETUNE_DATASET_2_", "three")]
     assert prefixes == {
         Phase.INSPECT: inputs,
-        Phase.PREPARE: inputs,
+        Phase.PREPARE: [*inputs, ("FINETUNE_JUDGE_", "judge")],
         Phase.TRAIN: [("FINETUNE_MIRROR_", "mirror"), (None, "wandb")],
         Phase.PROMOTE: [],
         Phase.EVALUATE: inputs[:1],
@@ -164,6 +165,22 @@ def test_secrets_are_read_by_the_phases_that_need_them_under_the_prefix_of_their
         "FINETUNE_DATASET_2_",
     ]
     assert plan.run.checkpoint.mirror == Destination("s3://mirror/x", "FINETUNE_MIRROR_")
+    judge = plan.run.dataset.judge
+    assert (judge.source, judge.secret_prefix, judge.labels) == ("hf://a/judge", "FINETUNE_JUDGE_", ("1",))
+
+
+def test_a_judge_comes_from_where_the_administrators_allow_and_from_a_workspace_that_is_there():
+    settings = make_settings(limits={"allowed_schemes": ["hf", "pvc"]})
+    with pytest.raises(InvalidJobError, match=r"dataset\.judge\.source: s3:// is not allowed"):
+        make_plan(make_fine_tune_job(**with_judge("s3://a/judge")), settings)
+    with pytest.raises(InvalidJobError, match=r"dataset\.judge\.source: pvc://judge lies on a workspace"):
+        make_plan(make_fine_tune_job(**with_judge("pvc://judge")), settings)
+    plan = make_plan(make_fine_tune_job(**with_judge("pvc://judge"), workspace={"existingClaim": "shared"}), settings)
+    assert plan.run.dataset.judge.source == "pvc://judge"
+
+
+def with_judge(source: str) -> dict:
+    return {"dataset": {"source": "hf://a/rows", "judge": {"source": source}}}
 
 
 def test_each_phases_pod_is_merged_over_the_general_one():

@@ -104,6 +104,35 @@ class DatasetFilter(Model):
     )
 
 
+class DatasetJudge(Model):
+    """A classifier that decides about the rows the filter's rules are unsure of. Code that comes with it is not run."""
+
+    source: SourceUrl
+    """Folder of a sequence classifier in Hugging Face layout with safetensors: hf://organisation/name,
+    s3://bucket/prefix, or pvc://path on the workspace."""
+    revision: Revision | None = None
+    """Branch, tag or commit of a hub repository; the newest by default."""
+    labels: Annotated[list[Annotated[str, Field(min_length=1, max_length=128)]], Field(max_length=64)] = []
+    """Names or numbers of the classifier's labels that mean "remove"; by default those whose names say so."""
+    threshold: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Probability from which on a row is removed."""
+    text: Annotated[str, Field(max_length=4096)] = "{output}"
+    """What is judged: a text with `{output}` for an answer, and `{instruction}` for the question before it."""
+    audit_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """Share of the rows the rules are sure of that is judged too, to report how far judge and rules agree."""
+    secret_ref: SecretRef | None = None
+    """Secret with credentials for the source; by default the pod's identity is used."""
+
+    validations = (
+        Rule(
+            "!has(self.text) || self.text.contains('{output}')",
+            "write a text that contains {output}",
+            lambda judge: "{output}" in judge.text,
+            field="text",
+        ),
+    )
+
+
 class Dataset(Model):
     """The instruction data."""
 
@@ -124,6 +153,8 @@ class Dataset(Model):
     """Which rows are removed."""
     quality: DatasetQuality | None = None
     """Checks besides the filter: truncated answers, leaked tokens, duplicates and the like; by default none."""
+    judge: DatasetJudge | None = None
+    """A classifier for the rows the filter's rules are unsure of; by default none."""
     holdout_fraction: Annotated[float, Field(ge=0, le=0.5)] = 0.02
     """Share of the rows kept out of training and used to evaluate."""
     max_bad_rows: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0

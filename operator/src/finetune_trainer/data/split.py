@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from finetune_trainer.data.prompts import Message
 
 
-def _share(text: str) -> float:
+def hash_to_share(text: str) -> float:
     """Return a number from 0 up to 1 that depends on the text alone, evenly spread."""
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
@@ -28,10 +28,10 @@ def holdout_share(messages: Sequence[Message], seed: int) -> float:
         if message["role"] == "assistant":
             break
         prompt += [message["content"], message.get("input", "")]
-    return _share("\0".join([f"holdout:{seed}", *prompt]))
+    return hash_to_share("\0".join([f"holdout:{seed}", *prompt]))
 
 
 def select_copies(weight: float, seed: int, source: int, index: int) -> int:
     """Return how often a row of a source with this weight is taken."""
     whole = math.floor(weight)
-    return whole + (_share(f"weight:{seed}:{source}:{index}") < weight - whole)
+    return whole + (hash_to_share(f"weight:{seed}:{source}:{index}") < weight - whole)
