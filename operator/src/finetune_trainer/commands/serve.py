@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     from finetune_trainer.serving.generate import Generator
     from finetune_trainer.serving.server import serve
 
-    generator = Generator(folder, trust)
+    generator = Generator(folder, trust_remote_code=trust)
     emit("serving", model=name, folder=str(folder), port=port)
     with contextlib.suppress(StopRequested):
         serve(name, generator, port)
