@@ -25,17 +25,19 @@ PAGE = "report.html"
 SAMPLES = "samples.jsonl"
 MANIFEST = "manifest.json"
 
+_BLOCK = 1 << 20
+
 
 class LinesFile:
     """A file of JSON lines that knows its own digest; one that is not `kept` is only counted, not written."""
 
-    def __init__(self, path: pathlib.Path, *, kept: bool = True) -> None:
+    def __init__(self, path: pathlib.Path, *, kept: bool = True, mode: str = "wb") -> None:
         self.path = path
         self.kept = kept
         self._digest = hashlib.sha256()
         self._size = 0
         self.num_lines = 0
-        self._file = open(path if kept else os.devnull, "wb")  # noqa: SIM115 - closed by close()
+        self._file = open(path if kept else os.devnull, mode)  # noqa: SIM115 - closed by close()
 
     def __enter__(self) -> Self:
         return self
@@ -45,20 +47,48 @@ class LinesFile:
     ) -> None:
         self.close()
 
+    @classmethod
+    def carry_on(cls, path: pathlib.Path, entry: Mapping[str, Any]) -> Self | None:
+        """Open a file that goes on after what the entry describes, and cut off the rest; None if it does not hold that.
+
+        Raises KeyError for what is no entry.
+        """
+        digest, left = hashlib.sha256(), entry["size"]
+        try:
+            with open(path, "rb") as file:
+                while left and (data := file.read(min(left, _BLOCK))):
+                    digest.update(data)
+                    left -= len(data)
+        except FileNotFoundError:
+            return None
+        if left or digest.hexdigest() != entry["sha256"]:
+            return None
+        os.truncate(path, entry["size"])
+        found = cls(path, mode="ab")
+        found._digest, found._size, found.num_lines = digest, entry["size"], entry["lines"]
+        return found
+
     def write(self, value: Mapping[str, Any]) -> None:
         """Append one line."""
-        line = json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
-        self._file.write(line)
-        self._digest.update(line)
-        self._size += len(line)
-        self.num_lines += 1
+        self.append(json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n", 1)
+
+    def append(self, lines: bytes, num_lines: int) -> None:
+        """Append rendered lines."""
+        self._file.write(lines)
+        self._digest.update(lines)
+        self._size += len(lines)
+        self.num_lines += num_lines
+
+    def sync(self) -> None:
+        """Make what was written durable."""
+        self._file.flush()
+        if self.kept:
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Make what was written durable."""
+        """Make what was written durable, and write no more."""
         if not self._file.closed:
-            self._file.flush()
-            if self.kept:
-                os.fsync(self._file.fileno())
+            self.sync()
             self._file.close()
 
     def to_entry(self) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """From local files of rows to a prepared data set: read, judge, split, write, count.
 
-Rows stream through; memory does not grow with their number. The result depends on the rows, the rules and the settings
-alone: the same input gives the same bytes and the same digest on any machine. Fetching the files is the command's.
+Rows stream through in chunks that processes share out among themselves (`workers`, `row_work`); memory does not grow
+with their number, and a run that was interrupted is carried on (`shards`). The result depends on the rows, the rules
+and the settings alone: the same input gives the same bytes and the same digest on any machine. Fetching the files is
+the command's.
 """
 
 from __future__ import annotations
@@ -12,25 +14,30 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+import orjson
+
 from finetune_contract.reports import ExitCode, Reason
-from finetune_trainer.data import output
-from finetune_trainer.data.findings import Verdict
-from finetune_trainer.data.formats import FORMATS, Conversation, RowError, detect_format, list_keys, parse_row
-from finetune_trainer.data.quality import find_defect
-from finetune_trainer.data.refusals import RowFilter, make_filter
+from finetune_trainer.data import output, problems
+from finetune_trainer.data.chunks import CHUNK_BYTES, ChunkReader
+from finetune_trainer.data.formats import detect_format
 from finetune_trainer.data.report import Counts, Tally
-from finetune_trainer.data.rows import BadRow, Row, RowFile, UnreadableFileError
+from finetune_trainer.data.row_work import Done, Position, RowWork, Task
+from finetune_trainer.data.rows import Row, UnreadableFileError, parse_chunk
 from finetune_trainer.data.rules import rules_digest
-from finetune_trainer.data.split import holdout_share, select_copies
+from finetune_trainer.data.shards import SHARD_BYTES, Progress, Shards
+from finetune_trainer.data.split import holdout_share
+from finetune_trainer.data.workers import Workers, count_cores
 from finetune_trainer.errors import TrainerError
+from finetune_trainer.reporting import emit
 
 if TYPE_CHECKING:
     import pathlib
 
     from finetune_contract.run_config import DatasetConfig
+    from finetune_trainer.data.chunks import Chunk
     from finetune_trainer.data.tokens import TokenCounter
 
-VERSION = 1
+VERSION = 2
 """Version of the prepared data's format; part of its digest."""
 
 
@@ -83,18 +90,9 @@ def build_settings(config: DatasetConfig, phrases: Sequence[str] | None) -> dict
     }
 
 
-@dataclasses.dataclass(frozen=True)
-class _Place:
-    """Where a row comes from."""
-
-    source: SourceRows
-    source_index: int
-    file: SourceFile
-    format: str
-    row_index: int
-
-    def to_facts(self) -> dict[str, int]:
-        return {"index": self.row_index, "source": self.source_index}
+_NAMES = (output.TRAIN, output.HOLDOUT, output.REMOVED, output.BAD)
+_SMALL_BYTES = 4 << 20
+"""So little input is done before other processes have started."""
 
 
 class Preparation:
@@ -113,41 +111,52 @@ class Preparation:
         self._tokens = tokens
         self._phrases = phrases
         self._advance = advance
-        self._filter: RowFilter = make_filter(config.filter, phrases)
-        # The old scripts knew nothing of quality, and legacy mode is to give what they gave.
-        self._checks_quality = config.filter.rules != "legacy"
-        self._tally = Tally(config.seed)
+        self._work = RowWork(config, tokens, phrases)
+        self._progress = Progress(Tally(config.seed))
         self._files: dict[str, output.LinesFile] = {}
-        self._source_facts: list[dict[str, Any]] = []
-        self._lowest_share = 2.0
-        """The smallest holdout share of a kept row; its prompt is held out when chance holds out nothing."""
+        self._shard_bytes = 0
+        """Input since the last finished shard."""
 
-    def run(self, sources: Sequence[SourceRows], *, dry: bool = False) -> dict[str, Any]:
+    def run(
+        self, sources: Sequence[SourceRows], *, dry: bool = False, num_workers: int | None = None
+    ) -> dict[str, Any]:
         """Write the data set into the folder and return its manifest. Raises TrainerError.
 
-        A dry run writes the report and the lists of removed and bad rows, and leaves a folder with data alone.
+        What an interrupted run with the same rows and settings has finished is carried on. A dry run writes the report
+        and the lists of removed and bad rows, and leaves a folder with data alone. `num_workers` is how many processes
+        share the work, 0 for this one alone, None for what suits the machine; the bytes are the same.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
         if dry:
             self._refuse_data()
         (self._folder / output.MANIFEST).unlink(missing_ok=True)
-        for name in (output.TRAIN, output.HOLDOUT):
-            self._files[name] = output.LinesFile(self._folder / name, kept=not dry)
-        for name in (output.REMOVED, output.BAD):
-            self._files[name] = output.LinesFile(self._folder / name)
-        try:
-            for index, source in enumerate(sources):
-                self._prepare_source(index, source, len(sources))
-        finally:
-            for file in self._files.values():
-                file.close()
+        # A restart finds its place by chunks, so they have to be cut in the same places.
+        shards = Shards(self._folder, f"{make_digest(sources, self._config, self._phrases)} {CHUNK_BYTES}")
+        number = _choose_num_workers(sources) if num_workers is None else num_workers
+        # Forked before a file is opened: what is buffered for a file would be written by every process.
+        workers: Workers[Task, Done] = Workers(self._work, number)
+        with workers:
+            try:
+                self._open_files(shards, dry)
+                for task, done in workers.map(self._list_tasks(sources), lambda _: None):
+                    self._merge(task, done, sources[task.source])
+                    if not dry and self._shard_bytes >= SHARD_BYTES:
+                        shards.finish(self._progress, self._files)
+                        self._shard_bytes = 0
+            finally:
+                for file in self._files.values():
+                    file.close()
+        self._advance(1.0, self._progress.tally.counts)
         if not dry:
             self._hold_out_one_prompt_if_needed()
         manifest = self._write_report(sources)
         # After the report, which says what took everything away.
-        self._refuse_nothing(sources)
+        if not self._progress.tally.counts.kept:
+            names = [file.name for source in sources for file in source.files]
+            raise problems.nothing_left(self._progress.tally, names, self._folder / output.PAGE)
         if not dry:
             output.write_manifest(self._folder, manifest)
+        shards.drop()
         return manifest
 
     def _refuse_data(self) -> None:
@@ -160,118 +169,92 @@ class Preparation:
                     "Name another folder with --out.",
                 )
 
-    def _prepare_source(self, index: int, source: SourceRows, num_sources: int) -> None:
-        row_index = 0
-        format_name = source.format
-        for file_index, file in enumerate(source.files):
-            reader = RowFile(file.path)
-            for item in _list_items(reader, file, source):
-                if format_name == "auto" and isinstance(item, Row):
-                    format_name = self._detect(item, file, source)
-                self._prepare_row(item, _Place(source, index, file, format_name, row_index))
-                row_index += 1
-                if row_index % 512 == 0:
-                    done = index + (file_index + reader.share) / len(source.files)
-                    self._advance(done / num_sources, self._tally.counts)
-        self._advance((index + 1) / num_sources, self._tally.counts)
-        facts = {"format": format_name, "weight": source.weight}
-        files = [{"name": file.name, "sha256": file.sha256} for file in source.files]
-        counts = self._tally.per_source.get(index, Counts())
-        self._source_facts.append(facts | counts.to_facts() | {"files": files})
-
-    def _detect(self, row: Row, file: SourceFile, source: SourceRows) -> str:
-        found = detect_format(row.value, self._config.fields)
+    def _open_files(self, shards: Shards, dry: bool) -> None:
+        """Open the output files: those of an interrupted run where its last shard ends, or new ones."""
+        found = None if dry else shards.restore(_NAMES)
         if found is not None:
-            return found
-        keys = list_keys(row.value)
-        raise TrainerError(
-            Reason.DATASET_INVALID,
-            ExitCode.DATA,
-            f"{source.field}: {file.name}, line {row.line}: the format cannot be told from its keys ({keys})",
-            f"Set {source.field}.format to one of {', '.join(FORMATS)}, and map other names in spec.dataset.fields.",
-        )
+            self._progress, self._files = found
+            emit("carrying on with the data", shards=self._progress.num_shards, rows=self._progress.tally.counts.read)
+            return
+        shards.drop()
+        unkept = (output.TRAIN, output.HOLDOUT) if dry else ()
+        self._files = {name: output.LinesFile(self._folder / name, kept=name not in unkept) for name in _NAMES}
 
-    def _prepare_row(self, item: Row | BadRow, place: _Place) -> None:
-        if isinstance(item, BadRow):
-            self._note_bad_row(item.line, item.why, place)
-            return
-        try:
-            conversation = parse_row(item.value, place.format, self._config.fields)
-        except RowError as error:
-            self._note_bad_row(item.line, str(error), place)
-            return
-        defect = find_defect(conversation) if self._checks_quality else None
-        verdict = self._filter.judge(conversation) if defect is None else Verdict(conversation, (defect,))
-        self._tally.add_row(place.source_index, place.row_index, conversation, verdict)
-        if verdict.removal is None:
-            self._write_row(verdict.conversation, place)
-        else:
-            self._files[output.REMOVED].write(place.to_facts() | verdict.removal.to_facts())
+    def _list_tasks(self, sources: Sequence[SourceRows]) -> Iterator[Task]:
+        """Yield all chunks after the place where an interrupted run has left off. Raises TrainerError."""
+        begin = self._progress.position
+        for index in range(begin.source, len(sources)):
+            source, source_rows = sources[index], 0
+            if index == len(self._progress.formats):
+                self._progress.formats.append(source.format)
+            for file_index, file in enumerate(source.files):
+                if index == begin.source and file_index < begin.file:
+                    continue
+                if index == begin.source and file_index == begin.file:
+                    source_rows = begin.source_rows - begin.file_rows
+                place = Position(index, file_index, 0, source_rows)
+                try:
+                    for task in self._list_file_tasks(source, file, place):
+                        source_rows = task.end.source_rows
+                        if index > begin.source or file_index > begin.file or task.end.file_rows > begin.file_rows:
+                            yield dataclasses.replace(task, share=(index + task.share) / len(sources))
+                except UnreadableFileError as error:
+                    raise problems.unreadable_file(source.field, file.name, error) from error
 
-    def _write_row(self, conversation: Conversation, place: _Place) -> None:
-        seed = self._config.seed
-        copies = select_copies(place.source.weight, seed, place.source_index, place.row_index)
-        if not copies:
-            return
-        messages = conversation.to_messages()
-        line = {"messages": messages, **place.to_facts()}
-        share = holdout_share(messages, seed)
-        self._lowest_share = min(self._lowest_share, share)
-        if share < self._config.holdout_fraction:
-            self._files[output.HOLDOUT].write(line)
-            return
-        for _ in range(copies):
-            self._files[output.TRAIN].write(line)
-            self._tokens.add(messages)
-
-    def _note_bad_row(self, line: int, why: str, place: _Place) -> None:
-        facts = place.to_facts() | {"file": place.file.name, "line": line, "why": why}
-        self._files[output.BAD].write(facts)
-        self._tally.add_bad_row(facts)
-        allowed, bad = self._config.max_bad_rows, self._tally.counts.bad
-        if bad > allowed:
-            first = self._tally.bad_rows[0]
-            raise TrainerError(
-                Reason.DATASET_INVALID,
-                ExitCode.DATA,
-                f"{place.source.field}: {first['file']}, line {first['line']}: {first['why']} "
-                f"(bad rows: {bad} of the first {self._tally.counts.read}, {allowed} allowed)",
-                "Mend the row, or have bad rows left out by raising spec.dataset.maxBadRows.",
+    def _list_file_tasks(self, source: SourceRows, file: SourceFile, begin: Position) -> Iterator[Task]:
+        """Yield a file's chunks; `begin` is where it begins. Raises UnreadableFileError."""
+        reader, rows = ChunkReader(file.path), 0
+        formats = self._progress.formats
+        for chunk in reader:
+            if formats[begin.source] == "auto":
+                formats[begin.source] = self._detect(chunk, file, source)
+            before, rows = rows, rows + chunk.num_rows
+            yield Task(
+                chunk,
+                begin.source,
+                begin.source_rows + before,
+                file.name.encode("utf-8", "backslashreplace").decode(),
+                formats[begin.source],
+                source.weight,
+                Position(begin.source, begin.file, rows, begin.source_rows + rows),
+                (begin.file + reader.share) / len(source.files),
             )
 
-    def _refuse_nothing(self, sources: Sequence[SourceRows]) -> None:
-        """Refuse a data set of which nothing is left, by what took it away."""
-        counts = self._tally.counts
-        if counts.kept:
-            return
-        if not counts.read:
-            names = ", ".join(file.name for source in sources for file in source.files)
-            hint = "Point spec.dataset.source at a file with rows."
-            raise TrainerError(Reason.DATASET_EMPTY, ExitCode.DATA, f"the data set has no rows: {names}", hint)
-        if not counts.removed:
-            first = self._tally.bad_rows[0]
-            raise TrainerError(
-                Reason.DATASET_INVALID,
-                ExitCode.DATA,
-                f"all {counts.read} rows are bad; the first: {first['file']}, line {first['line']}: {first['why']}",
-                "Set spec.dataset.format, and map other names in spec.dataset.fields.",
-            )
-        per_category = dict(self._tally.per_category)
-        removed = ", ".join(f"{name} {number}" for name, number in per_category.items())
-        raise TrainerError(
-            Reason.DATASET_EMPTY_AFTER_FILTER,
-            ExitCode.DATA,
-            f"the filter removed all usable rows: {counts.removed} of {counts.read} ({removed})",
-            "Loosen spec.dataset.filter: fewer extraPhrases, rules: default, or refusals: false; "
-            f"{self._folder / output.PAGE} shows what was removed.",
-            {"rows_read": counts.read, "rows_removed": counts.removed, "removed_per_category": per_category},
-        )
+    def _detect(self, chunk: Chunk, file: SourceFile, source: SourceRows) -> str:
+        """Return the format of the chunk's first row that can be read; `auto` when there is none."""
+        row = next((item for item in parse_chunk(chunk) if isinstance(item, Row)), None)
+        if row is None:
+            return "auto"
+        found = detect_format(row.value, self._config.fields)
+        if found is None:
+            raise problems.unknown_format(source.field, file.name, row)
+        return found
+
+    def _merge(self, task: Task, done: Done, source: SourceRows) -> None:
+        """Take over what became of the next chunk. Raises TrainerError when one bad row is too many."""
+        progress = self._progress
+        bad_before = progress.tally.counts.bad
+        progress.tally.merge(done.tally)
+        over = self._config.max_bad_rows - bad_before
+        if len(done.bad) > over:
+            # Rows of earlier sources, and those of this one up to the row that is too many.
+            read = sum(counts.read for index, counts in progress.tally.per_source.items() if index < task.source)
+            read += done.bad[max(over, 0)] + 1
+            first = progress.tally.bad_rows[0]
+            raise problems.too_many_bad_rows(source.field, first, bad_before + max(over, 0) + 1, read)
+        for name, lines in done.lines.items():
+            self._files[name].append(lines, done.num_lines[name])
+        progress.lowest_share = min(progress.lowest_share, done.lowest_share)
+        progress.num_tokens += done.num_tokens
+        progress.position = task.end
+        self._shard_bytes += task.num_bytes
+        self._advance(task.share, progress.tally.counts)
 
     def _hold_out_one_prompt_if_needed(self) -> None:
         """Hold out one prompt of a small data set when chance chose none, and always leave one to train on."""
         train, holdout = self._files[output.TRAIN], self._files[output.HOLDOUT]
         if self._config.holdout_fraction > 0 and train.num_lines > 1 and not holdout.num_lines:
-            lowest, seed = self._lowest_share, self._config.seed
+            lowest, seed = self._progress.lowest_share, self._config.seed
             self._split_again(train, lambda line: holdout_share(line["messages"], seed) == lowest)
             train, holdout = self._files[output.TRAIN], self._files[output.HOLDOUT]
         if not train.num_lines:
@@ -279,45 +262,47 @@ class Preparation:
 
     def _split_again(self, file: output.LinesFile, is_held_out: Callable[[dict[str, Any]], bool]) -> None:
         """Share the lines of one file out anew between training and holdout, and count the tokens anew."""
-        old = file.path.rename(file.path.with_suffix(".old"))
-        self._tokens.reset()
-        with (
-            output.LinesFile(self._folder / output.TRAIN) as train,
-            output.LinesFile(self._folder / output.HOLDOUT) as holdout,
-            open(old, encoding="utf-8") as lines,
-        ):
-            for text in lines:
-                line = json.loads(text)
-                if is_held_out(line):
-                    holdout.write(line)
+        paths = [self._folder / name for name in (output.HOLDOUT, output.TRAIN)]
+        new = [output.LinesFile(path.with_suffix(".new")) for path in paths]
+        self._progress.num_tokens = 0
+        with new[0] as holdout, new[1] as train, open(file.path, "rb") as lines:
+            for line in lines:
+                value = orjson.loads(line)
+                if is_held_out(value):
+                    holdout.append(line, 1)
                 else:
-                    train.write(line)
-                    self._tokens.add(line["messages"])
-        old.unlink()
+                    train.append(line, 1)
+                    self._progress.num_tokens += sum(map(sum, self._tokens.measure([value["messages"]])))
+        # The one that has grown first: between the two, and after them, a restart finds what it can tell from a shard.
+        for path, one in zip(paths, new, strict=True):
+            one.path = one.path.replace(path)
         self._files |= {output.TRAIN: train, output.HOLDOUT: holdout}
 
     def _write_report(self, sources: Sequence[SourceRows]) -> dict[str, Any]:
+        tally = self._progress.tally
         facts = {
             "version": VERSION,
             "digest": make_digest(sources, self._config, self._phrases),
             "rowsTrain": self._files[output.TRAIN].num_lines,
             "rowsHoldout": self._files[output.HOLDOUT].num_lines,
-            "tokens": self._tokens.total,
+            "tokens": self._progress.num_tokens if self._tokens.is_usable else None,
         }
         settings = build_settings(self._config, self._phrases)
-        report = facts | self._tally.to_report() | {"sources": self._source_facts, "settings": settings}
-        output.write_report(self._folder, report, self._tally.list_samples())
+        described = [self._describe_source(index, source) for index, source in enumerate(sources)]
+        report = facts | tally.to_report() | {"sources": described, "settings": settings}
+        output.write_report(self._folder, report, tally.list_samples())
         entries = {name: file.to_entry() for name, file in self._files.items()}
-        return facts | self._tally.to_facts() | {"files": entries}
+        return facts | tally.to_facts() | {"files": entries}
+
+    def _describe_source(self, index: int, source: SourceRows) -> dict[str, Any]:
+        counts = self._progress.tally.per_source.get(index, Counts())
+        files = [{"name": file.name, "sha256": file.sha256} for file in source.files]
+        facts = {"format": self._progress.formats[index], "weight": source.weight}
+        return facts | counts.to_facts() | {"files": files}
 
 
-def _list_items(reader: RowFile, file: SourceFile, source: SourceRows) -> Iterator[Row | BadRow]:
-    try:
-        yield from reader
-    except UnreadableFileError as error:
-        raise TrainerError(
-            Reason.DATASET_INVALID,
-            ExitCode.DATA,
-            f"{source.field}: {file.name}{error.place}: {error.why}",
-            "Mend the file at that place; it has to be a JSON array, JSON Lines or Parquet.",
-        ) from error
+def _choose_num_workers(sources: Sequence[SourceRows]) -> int:
+    """Return how many processes to start: none for little input, or where one core is all there is."""
+    num_bytes = sum(file.path.stat().st_size for source in sources for file in source.files)
+    cores = count_cores()
+    return 0 if num_bytes < _SMALL_BYTES or cores == 1 else cores

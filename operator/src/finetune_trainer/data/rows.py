@@ -44,23 +44,6 @@ class BadRow:
     why: str
 
 
-class RowFile:
-    """One file of rows. Iterate once; `share` says how far the reading is."""
-
-    def __init__(self, path: pathlib.Path) -> None:
-        self._reader = ChunkReader(path)
-
-    @property
-    def share(self) -> float:
-        """The part of the file that has been read, from 0 to 1."""
-        return self._reader.share
-
-    def __iter__(self) -> Iterator[Row | BadRow]:
-        """Yield the rows in order. Raises UnreadableFileError."""
-        for chunk in self._reader:
-            yield from parse_chunk(chunk)
-
-
 def list_rows(path: pathlib.Path) -> Iterator[Row | BadRow]:
     """Yield the rows of a file in order. Raises UnreadableFileError."""
     for chunk in ChunkReader(path):

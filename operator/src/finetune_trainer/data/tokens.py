@@ -10,36 +10,18 @@ if TYPE_CHECKING:
     import pathlib
     from collections.abc import Sequence
 
-_BATCH = 256
-
 
 class TokenCounter:
-    """Counts tokens in batches; `total` is None when there is no tokenizer to count with."""
+    """Counts tokens in batches."""
 
     def __init__(self, model_folder: pathlib.Path | None, template: str) -> None:
         self._tokenizer = _open_tokenizer(model_folder)
         self._template = template
-        self._rows: list[Sequence[Message]] = []
-        self._total = 0
 
     @property
-    def total(self) -> int | None:
-        """The tokens of all rows so far."""
-        self._count()
-        return None if self._tokenizer is None else self._total
-
-    def reset(self) -> None:
-        """Forget what was counted."""
-        self._rows.clear()
-        self._total = 0
-
-    def add(self, messages: Sequence[Message]) -> None:
-        """Count one row."""
-        if self._tokenizer is None:
-            return
-        self._rows.append(messages)
-        if len(self._rows) >= _BATCH:
-            self._count()
+    def is_usable(self) -> bool:
+        """Whether there is a tokenizer to count with."""
+        return self._tokenizer is not None
 
     def measure(self, rows: Sequence[Sequence[Message]]) -> list[tuple[int, int]]:
         """Return the tokens of each row's prompts and of its answers; nothing where there is no tokenizer.
@@ -58,10 +40,6 @@ class TokenCounter:
                 numbers[is_answer] += len(next(encoded))
             lengths.append((numbers[0], numbers[1]))
         return lengths
-
-    def _count(self) -> None:
-        self._total += sum(prompt + answer for prompt, answer in self.measure(self._rows))
-        self._rows.clear()
 
 
 def _list_stretches(messages: Sequence[Message], template: str) -> list[tuple[str, bool]]:

@@ -1,0 +1,189 @@
+"""What is done with a chunk of rows, in whichever process: parse, convert, judge, count, render the output's lines.
+
+Nothing here depends on other chunks; what does is asked of the parent between `draft` and `finish`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+from finetune_trainer.data import output
+from finetune_trainer.data.findings import Verdict
+from finetune_trainer.data.formats import Conversation, RowError, parse_row
+from finetune_trainer.data.quality import find_defect, make_checks
+from finetune_trainer.data.refusals import make_filter
+from finetune_trainer.data.report import Tally
+from finetune_trainer.data.rows import BadRow, parse_chunk
+from finetune_trainer.data.split import holdout_share, select_copies
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from finetune_contract.run_config import DatasetConfig
+    from finetune_trainer.data.chunks import Chunk
+    from finetune_trainer.data.tokens import TokenCounter
+
+
+@dataclasses.dataclass(frozen=True)
+class Position:
+    """How far the reading is."""
+
+    source: int
+    """Number of the source, from 0."""
+    file: int
+    """Number of the file in it."""
+    file_rows: int
+    """Rows of that file."""
+    source_rows: int
+    """Rows of that source."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A chunk with all that is needed to know its rows' places."""
+
+    chunk: Chunk
+    source: int
+    first_index: int
+    """Number of its first row in the source, from 0."""
+    file_name: str
+    format: str
+    weight: float
+    end: Position
+    """Where the chunk ends."""
+    share: float
+    """Part of all input that has been read with it, from 0 to 1."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the chunk."""
+        return len(self.chunk.data)
+
+
+@dataclasses.dataclass
+class Done:
+    """What became of a chunk's rows."""
+
+    tally: Tally
+    lines: dict[str, bytes] = dataclasses.field(default_factory=dict)
+    """Lines to append to each output file."""
+    num_lines: dict[str, int] = dataclasses.field(default_factory=dict)
+    bad: list[int] = dataclasses.field(default_factory=list)
+    """Numbers of the bad rows in their source."""
+    lowest_share: float = 2.0
+    """The smallest holdout share of a kept row."""
+    num_tokens: int = 0
+    """Tokens of the rows to train on."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Judged:
+    """A row with its verdict."""
+
+    index: int
+    conversation: Conversation
+    verdict: Verdict
+
+
+@dataclasses.dataclass
+class Draft:
+    """A chunk whose rows are parsed and judged."""
+
+    task: Task
+    judged: list[_Judged]
+    bad: list[dict[str, Any]]
+
+
+class RowWork:
+    """Does chunks of rows by one preparation's settings."""
+
+    def __init__(self, config: DatasetConfig, tokens: TokenCounter, phrases: Sequence[str] | None = None) -> None:
+        self._config = config
+        self._tokens = tokens
+        self._filter = make_filter(config.filter, phrases)
+        self._checks = make_checks(config.quality)
+        # The old scripts knew nothing of quality, and legacy mode is to give what they gave.
+        self._finds_defects = config.filter.rules != "legacy"
+
+    def draft(self, task: Task) -> tuple[Draft, None]:
+        """Parse and judge the rows of a chunk."""
+        draft = Draft(task, [], [])
+        for index, item in enumerate(parse_chunk(task.chunk), start=task.first_index):
+            why = item.why if isinstance(item, BadRow) else ""
+            if not isinstance(item, BadRow):
+                try:
+                    conversation = parse_row(item.value, task.format, self._config.fields)
+                except RowError as error:
+                    why = str(error)
+                else:
+                    draft.judged.append(_Judged(index, conversation, self._judge(conversation)))
+                    continue
+            facts = {"index": index, "source": task.source, "file": task.file_name, "line": item.line, "why": why}
+            draft.bad.append(facts)
+        return draft, None
+
+    def _judge(self, conversation: Conversation) -> Verdict:
+        if self._finds_defects:
+            defect = find_defect(conversation)
+            if defect is not None:
+                return Verdict(conversation, (defect,))
+        verdict = self._filter.judge(conversation)
+        found = self._checks.check(verdict.conversation) if verdict.removal is None else ()
+        return dataclasses.replace(verdict, findings=(*verdict.findings, *found)) if found else verdict
+
+    def finish(self, draft: Draft, _answers: None) -> Done:
+        """Count the rows of a chunk and render the lines of all that become of them."""
+        task = draft.task
+        done = Done(Tally(self._config.seed))
+        lines: dict[str, list[bytes]] = {}
+        for facts in draft.bad:
+            done.tally.add_bad_row(facts)
+            done.bad.append(facts["index"])
+            lines.setdefault(output.BAD, []).append(render_line(facts))
+        tokens = self._count_tokens(draft.judged, done.tally)
+        for row, num_tokens in zip(draft.judged, tokens, strict=True):
+            done.tally.add_row(task.source, row.index, row.conversation, row.verdict)
+            place = {"index": row.index, "source": task.source}
+            removal = row.verdict.removal
+            if removal is not None:
+                lines.setdefault(output.REMOVED, []).append(render_line(place | removal.to_facts()))
+                continue
+            copies = select_copies(task.weight, self._config.seed, task.source, row.index)
+            if not copies:
+                continue
+            messages = row.verdict.conversation.to_messages()
+            line = render_line({"messages": messages, **place})
+            share = holdout_share(messages, self._config.seed)
+            done.lowest_share = min(done.lowest_share, share)
+            if share < self._config.holdout_fraction:
+                lines.setdefault(output.HOLDOUT, []).append(line)
+            else:
+                lines.setdefault(output.TRAIN, []).extend([line] * copies)
+                done.num_tokens += num_tokens * copies
+        done.lines = {name: b"".join(some) for name, some in lines.items()}
+        done.num_lines = {name: len(some) for name, some in lines.items()}
+        return done
+
+    def _count_tokens(self, rows: Sequence[_Judged], tally: Tally) -> list[int]:
+        """Return the tokens of each row as it is kept; 0 where there is no tokenizer or the row is removed."""
+        before = self._tokens.measure([row.conversation.to_messages() for row in rows])
+        if not before:
+            return [0] * len(rows)
+        edited = [row.verdict.conversation for row in rows if row.verdict.conversation is not row.conversation]
+        after = iter(self._tokens.measure([conversation.to_messages() for conversation in edited]))
+        totals = []
+        for row, counts in zip(rows, before, strict=True):
+            tally.add_tokens("before", *counts)
+            kept = counts if row.verdict.conversation is row.conversation else next(after)
+            if row.verdict.removal is None:
+                tally.add_tokens("after", *kept)
+            totals.append(sum(kept))
+        return totals
+
+
+def render_line(value: dict[str, Any]) -> bytes:
+    """Return one line of JSON."""
+    return orjson.dumps(value) + b"\n"

@@ -1,0 +1,106 @@
+"""The output files while they grow, shard by shard: what a restart finds of them, it carries on.
+
+A shard is a stretch of all output files that was made durable together. The state written after it says how long each
+file was, what had been read and counted, and for which data set; what a killed run wrote after its last shard is cut
+off. A state that does not fit what is on the disk counts for nothing, and the work begins anew.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import TYPE_CHECKING, Any
+
+from finetune_trainer.data import output
+from finetune_trainer.data.report import Tally
+from finetune_trainer.data.row_work import Position
+from finetune_trainer.reporting import write_json
+
+if TYPE_CHECKING:
+    import pathlib
+    from collections.abc import Mapping, Sequence
+
+SHARD_BYTES = 64 << 20
+"""Input that is lost at most when a run is killed."""
+
+STATE = ".shards.json"
+
+_START = Position(0, 0, 0, 0)
+
+
+@dataclasses.dataclass
+class Progress:
+    """Everything a preparation knows of the rows behind it."""
+
+    tally: Tally
+    position: Position = _START
+    formats: list[str] = dataclasses.field(default_factory=list)
+    """Format of each source whose rows have begun; `auto` until its first row is seen."""
+    lowest_share: float = 2.0
+    """The smallest holdout share of a kept row; its prompt is held out when chance holds out nothing."""
+    num_tokens: int = 0
+    num_shards: int = 0
+
+    def to_state(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        return {
+            "tally": self.tally.to_state(),
+            "position": dataclasses.asdict(self.position),
+            "formats": self.formats,
+            "lowestShare": self.lowest_share,
+            "tokens": self.num_tokens,
+            "shards": self.num_shards,
+        }
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> Progress:
+        """Return what `to_state` described. Raises KeyError, TypeError, ValueError for anything else."""
+        return cls(
+            Tally.from_state(state["tally"]),
+            Position(**state["position"]),
+            list(state["formats"]),
+            float(state["lowestShare"]),
+            int(state["tokens"]),
+            int(state["shards"]),
+        )
+
+
+class Shards:
+    """The state of one data set's output in its folder; `digest` names the data set."""
+
+    def __init__(self, folder: pathlib.Path, digest: str) -> None:
+        self._folder = folder
+        self._digest = digest
+
+    def restore(self, names: Sequence[str]) -> tuple[Progress, dict[str, output.LinesFile]] | None:
+        """Return what the last finished shard says, with the files cut to it; None: there is nothing to carry on."""
+        try:
+            state = json.loads((self._folder / STATE).read_text(encoding="utf-8"))
+            if state["digest"] != self._digest:
+                return None
+            progress = Progress.from_state(state["progress"])
+            entries = {name: state["files"][name] for name in names}
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        files: dict[str, output.LinesFile] = {}
+        for name, entry in entries.items():
+            file = output.LinesFile.carry_on(self._folder / name, entry)
+            if file is None:
+                for other in files.values():
+                    other.close()
+                return None
+            files[name] = file
+        return progress, files
+
+    def finish(self, progress: Progress, files: Mapping[str, output.LinesFile]) -> None:
+        """Make all that was written durable, and note how far it goes."""
+        progress.num_shards += 1
+        for file in files.values():
+            file.sync()
+        entries = {name: file.to_entry() for name, file in files.items()}
+        write_json(self._folder / STATE, {"digest": self._digest, "files": entries, "progress": progress.to_state()})
+
+    def drop(self) -> None:
+        """Forget the shards, and what killed runs have left half-written: the data set is complete, or begun anew."""
+        for leftover in (self._folder / STATE, *self._folder.glob(".*.json.*.partial"), *self._folder.glob("*.new")):
+            leftover.unlink(missing_ok=True)
