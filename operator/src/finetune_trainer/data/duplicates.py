@@ -14,13 +14,15 @@ import dataclasses
 import hashlib
 import re
 import zlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from finetune_trainer.data.folding import fold
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     from finetune_contract.run_config import QualityConfig
     from finetune_trainer.data.formats import Conversation
 
@@ -34,6 +36,7 @@ RECALL = 0.95
 _BATCH = 4096
 """Triples hashed at once, so that a long row takes no more memory than a short one."""
 
+_ASCII_WORD = re.compile(r"\w+")
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+")
 
 
@@ -95,8 +98,23 @@ _FACTORS, _OFFSETS = _SEEDS[0] | np.uint64(1), _SEEDS[1]
 _MIXERS = tuple(np.uint64(each) for each in (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9))
 
 
+def list_words(folded: str) -> list[str]:
+    """Return the words of a folded text; in Chinese, Japanese and Korean every character is one."""
+    return (_ASCII_WORD if folded.isascii() else _WORD).findall(folded)
+
+
+def find_words(folded: str) -> Iterator[re.Match[str]]:
+    """Yield the words with their places."""
+    return _WORD.finditer(folded)
+
+
+def hash_words(words: Sequence[str]) -> np.ndarray[Any, np.dtype[np.uint64]]:
+    """Return a hash of 64 bits for each word, the same in every process."""
+    return np.fromiter(map(_word_hashes.__getitem__, words), np.uint64, len(words))
+
+
 def _sign(text: str) -> bytes:
-    hashes = np.fromiter(map(_word_hashes.__getitem__, _WORD.findall(text)), dtype=np.uint64)
+    hashes = hash_words(list_words(text))
     if len(hashes) < SHINGLE_WORDS:
         hashes = np.pad(hashes, (0, SHINGLE_WORDS - len(hashes)))
     count = len(hashes) - SHINGLE_WORDS + 1
