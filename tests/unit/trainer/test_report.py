@@ -160,6 +160,19 @@ def test_the_first_bad_rows_are_listed():
     assert [row["index"] for row in tally.bad_rows] == list(range(NUM_REPORTED_BAD_ROWS))
 
 
+def test_judge_and_rules_agree_on_the_share_of_the_rows_that_the_rules_are_sure_of():
+    tally = Tally()
+    assert "judge" not in tally.to_report()
+    tally.add_judgement("unsure", judge_removes=True)
+    assert tally.to_report()["judge"]["agreement"] is None
+    for says, removes in (("remove", True), ("remove", False), ("keep", False), ("keep", False)):
+        tally.add_judgement(says, judge_removes=removes)
+    judge = tally.to_report()["judge"]
+    assert judge["agreement"] == 0.75
+    assert judge["rulesRemove"] == {"judgeRemoves": 1, "judgeKeeps": 1}
+    assert judge["rulesUnsure"] == {"judgeRemoves": 1, "judgeKeeps": 0}
+
+
 def test_the_size_of_a_tally_does_not_grow_with_the_rows():
     sizes = [len(json.dumps(fill(range(number)).to_state())) for number in (500, 5000)]
     assert sizes[1] < 1.5 * sizes[0]

@@ -10,6 +10,7 @@ import re
 import pytest
 
 from finetune_trainer.data.plots import draw_bars, draw_histograms, escape, shorten
+from finetune_trainer.data.report_page import build_page
 
 HOSTILE = (
     "<script>alert(1)</script>",
@@ -118,6 +119,14 @@ def test_the_page_shows_the_numbers_of_the_report(run_command, instructions, tmp
     assert len(samples) == report["rowsRemoved"]
     for sample in samples:
         assert sample["found"] in shown
+
+
+def test_the_page_of_a_stored_report_is_the_one_beside_it(run_command, instructions, tmp_path):
+    source = str(instructions / "legacy-rows.json")
+    run_command("prepare", "--source", source, "--rules", "legacy", "--format", "alpaca", "--out", str(tmp_path))
+    report = json.loads((tmp_path / "report.json").read_text())
+    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert build_page(report, samples) == (tmp_path / "report.html").read_text()
 
 
 def test_the_report_holds_no_text_of_the_data(run_command, tmp_path):

@@ -48,6 +48,8 @@ table.small{margin-top:6px;font-size:13px}
 th,td{padding:5px 10px;border-bottom:1px solid var(--line);text-align:left;vertical-align:top;white-space:pre-wrap;
 overflow-wrap:anywhere}
 th{font-weight:600}
+table.small th{white-space:nowrap}
+h2,.note,.legend,summary{break-after:avoid}
 .number{font-variant-numeric:tabular-nums}
 th.number,td.number{text-align:right;white-space:nowrap}
 .wide{overflow-x:auto}
@@ -63,7 +65,8 @@ li{border-top:1px solid var(--line);padding:8px 0;break-inside:avoid}
 mark{background:var(--mark);color:inherit;border-radius:2px;padding:0 1px}
 pre{margin:0;padding:12px 14px;background:var(--panel);border:1px solid var(--line);border-radius:8px;
 white-space:pre-wrap;overflow-wrap:anywhere}
-@media print{body{font-size:11px}main{max-width:none;padding:0}section{margin-top:16px;padding-top:10px}
+@media print{body{font-size:11px}table,table.small{font-size:10px}th,td{padding:3px 5px}
+main{max-width:none;padding:0}section{margin-top:16px;padding-top:10px}
 .plots{grid-template-columns:1fr 1fr}
 *{print-color-adjust:exact;-webkit-print-color-adjust:exact}
 details::details-content{content-visibility:visible;height:auto}}

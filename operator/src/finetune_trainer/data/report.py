@@ -265,13 +265,17 @@ class Tally:
         }
 
     def _report_judgements(self) -> dict[str, Any]:
-        return {
+        """Return what the judge said, by what the rules said, and on which share of the sure rows they agree."""
+        table: dict[str, Any] = {
             f"rules{says.capitalize()}": {
                 "judgeRemoves": self._judgements[says, True],
                 "judgeKeeps": self._judgements[says, False],
             }
             for says in ("remove", "keep", "unsure")
         }
+        num_sure = sum(number for (says, _), number in self._judgements.items() if says != "unsure")
+        num_agreed = self._judgements["remove", True] + self._judgements["keep", False]
+        return table | {"agreement": round(num_agreed / num_sure, 4) if num_sure else None}
 
 
 def measure(messages: Sequence[Mapping[str, str]]) -> tuple[int, int]:

@@ -94,7 +94,8 @@ def _build_findings(report: Mapping[str, Any], word: str, title: str) -> str:
     plots = []
     for by in ("Category", "Language", "Field", "Rule"):
         numbers: dict[str, int] = report[f"{word}Per{by}"]
-        top = dict(list(numbers.items())[:_TOP])
+        # report.json lists them by name.
+        top = dict(sorted(numbers.items(), key=lambda item: (-item[1], item[0]))[:_TOP])
         more = f", the first {_TOP} of {len(numbers):,}" if len(numbers) > _TOP else ""
         caption = f"by {by.lower()}{more}"
         plots.append(
@@ -144,7 +145,7 @@ def _build_judge(judge: Mapping[str, Any] | None) -> str:
         f'<td class="number">{judge[key]["judgeKeeps"]:,}</td></tr>'
         for key, label in names
     )
-    share = judge.get("agreement")
+    share = judge["agreement"]
     note = "" if share is None else f"<p>Where the rules are sure, the judge agrees on {share:.1%} of the rows.</p>"
     head = '<thead><tr><th></th><th class="number">judge removes</th><th class="number">judge keeps</th></tr></thead>'
     return _section("Judge", note, f'<table class="narrow">{head}<tbody>{rows}</tbody></table>')
