@@ -50,8 +50,16 @@ class Record:
     def __init__(self, path: pathlib.Path) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        self._lines = [json.loads(line) for line in lines if line.endswith("}")]
+        path.touch()
+        whole, run = b"", b""
+        for line in path.read_bytes().splitlines(keepends=True):
+            run += line
+            if b'"end": ' in line and line.endswith(b"}\n"):
+                whole, run = whole + run, b""
+        # What a kill has cut short is not built upon: that run is played again.
+        if len(whole) < path.stat().st_size:
+            path.write_bytes(whole)
+        self._lines: list[dict[str, Any]] = [json.loads(line) for line in whole.splitlines()]
 
     def add_run(self, arm: str, kind: str, number: int, faults: list[dict[str, Any]], **facts: Any) -> None:
         """Append the faults of a run and its end; all of it at once, so that a run is there whole or not at all."""

@@ -205,31 +205,67 @@ def play(
     arm: Arm, run: Run, faults: list[Fault], pace: Pace, volume: SmallVolume | None = None, *, last_step: int
 ) -> Story:
     """Strike `faults` one after the other, restart after each at once, and let the training end."""
-    hits: list[Hit] = []
-    waiting = list(faults)
-    log = StepLog(run.root)
-    life: Life | None = None
-    hands = hands_in_a_row = 0
-    while True:
-        fault = waiting[0] if waiting else None
-        life = life or Life(arm, run, log, fault is not None and fault.is_fresh)
-        has_come = life.run_until(fault, pace)
+    player = _Player(arm, run, list(faults), pace, volume)
+    try:
+        while not player.has_ended:
+            player.live()
+    finally:
+        player.stop()
+    return player.tell(last_step)
+
+
+class _Player:
+    """A run as it goes: the faults still to come, those that struck, and the life it is at."""
+
+    def __init__(self, arm: Arm, run: Run, faults: list[Fault], pace: Pace, volume: SmallVolume | None) -> None:
+        self._arm, self._run, self._pace, self._volume = arm, run, pace, volume
+        self._waiting = faults
+        self._log = StepLog(run.root)
+        self._hits: list[Hit] = []
+        self._life: Life | None = None
+        self._num_hands = self._hands_in_a_row = 0
+        self.has_ended = False
+
+    def live(self) -> None:
+        """Go on to the next fault, or to the end of the life."""
+        fault = self._waiting[0] if self._waiting else None
+        life = self._life or Life(self._arm, self._run, self._log, fault is not None and fault.is_fresh)
+        self._life = life
+        has_come = life.run_until(fault, self._pace)
         if life.steps:
-            _settle(hits, life.steps[0] - 1)
-            hands_in_a_row = 0
+            _settle(self._hits, life.steps[0] - 1)
+            self._hands_in_a_row = 0
         if has_come and fault is not None:
-            hits.append(_strike(life, fault, volume))
-            waiting.pop(0)
-            life = None if life.process.exit_code is not None else life
-            continue
-        if life.process.exit_code == 0:
-            _settle(hits, last_step)
-            return Story(hits, True, arm.read_weights(run, last_step), hands, life)
-        _fail(hits, life)
-        hands, hands_in_a_row = hands + 1, hands_in_a_row + 1
-        if hands_in_a_row > MAX_HANDS or not arm.lend_a_hand(run):
-            return Story(hits, False, {}, hands, life)
-        life = None
+            self._hits.append(_strike(life, fault, self._volume))
+            self._waiting.pop(0)
+            self._life = None if life.process.exit_code is not None else life
+        elif life.process.exit_code == 0:
+            self.has_ended = True
+        else:
+            self._help(life)
+
+    def _help(self, life: Life) -> None:
+        """Have somebody help, or give the run up."""
+        _fail(self._hits, life)
+        self._num_hands, self._hands_in_a_row = self._num_hands + 1, self._hands_in_a_row + 1
+        if self._hands_in_a_row > MAX_HANDS or not self._arm.lend_a_hand(self._run):
+            self.has_ended = True
+        else:
+            self._life = None
+
+    def stop(self) -> None:
+        """Leave no process behind."""
+        if self._life is not None and self._life.process.exit_code is None:
+            self._life.process.kill()
+
+    def tell(self, last_step: int) -> Story:
+        """Return what happened, once it has ended."""
+        assert self._life is not None
+        is_finished = self._life.process.exit_code == 0
+        if is_finished:
+            _settle(self._hits, last_step)
+        weights = self._arm.read_weights(self._run, last_step) if is_finished else {}
+        return Story(self._hits, is_finished, weights, self._num_hands, self._life)
 
 
 def _settle(hits: list[Hit], resumed_from: int) -> None:
