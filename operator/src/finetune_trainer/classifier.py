@@ -75,9 +75,17 @@ def load_classifier(folder: pathlib.Path, labels: Sequence[str] = ()) -> Classif
 
     Raises TrainerError.
     """
-    import torch
-    from safetensors import SafetensorError
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    try:
+        import torch
+        from safetensors import SafetensorError
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    except ImportError as error:
+        raise TrainerError(
+            Reason.INVALID_CONFIG,
+            ExitCode.USAGE,
+            f"the judge needs torch and transformers: {error}",
+            "Install finetune-operator[trainer], use the trainer's image, or leave --judge out.",
+        ) from error
 
     settings: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
     try:

@@ -25,7 +25,7 @@ from finetune_trainer.storage.retry import call_with_retries
 from finetune_trainer.storage.transfer import download_files, hash_file, list_with_retries
 
 if TYPE_CHECKING:
-    from finetune_contract.run_config import DatasetConfig, RunConfig, Source
+    from finetune_contract.run_config import DatasetConfig, JudgeConfig, RunConfig, Source
     from finetune_contract.workspace import Workspace
 
 Advance = Callable[[int], None]
@@ -252,3 +252,22 @@ def choose_data_files(files: Sequence[RemoteFile], access: Access) -> tuple[Remo
         hint = f"Name the file in {access.field}.source, as in .../data.jsonl."
         raise access.not_found("a file of rows (.json, .jsonl or .parquet) in this place", hint)
     return chosen
+
+
+def fetch_judge(
+    judge: JudgeConfig, root: pathlib.Path, downloads: pathlib.Path, advance: Advance
+) -> tuple[pathlib.Path, str]:
+    """Return the folder of the judge's classifier on this machine, and a digest of its files. Raises TrainerError."""
+    access = Access("spec.dataset.judge", "model", judge.secret_prefix)
+    store = open_store(judge.source, judge.revision, access, root)
+    listing = list_with_retries(store, access, judge.source)
+    files = choose_model_files(listing.files, access)
+    if isinstance(store, LocalStore):
+        folder = pathlib.Path(files[0].key).parent
+        digests = {file.name: hash_file(pathlib.Path(file.key)) for file in files}
+    else:
+        mark = hashlib.sha256(f"{judge.source} {listing.revision}".encode()).hexdigest()[:12]
+        folder = downloads / f"judge-{mark}"
+        digests = download_files(store, files, folder, access, advance)
+    emit("found the judge", source=judge.source, revision=listing.revision, files=len(files))
+    return folder, hashlib.sha256(json.dumps(sorted(digests.items())).encode()).hexdigest()[:32]

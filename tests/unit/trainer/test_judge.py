@@ -12,6 +12,8 @@ from finetune_trainer.data.findings import FLAG, Finding, Verdict
 from finetune_trainer.data.formats import Conversation, Turn
 from finetune_trainer.data.judge import Judge, make_finding, select
 from finetune_trainer.errors import TrainerError
+from finetune_trainer.fetch import fetch_judge
+from tests.support.model_bytes import build_model
 
 TURNS = (
     Turn("user", "Who {output} are you?", "messages[0].content", "Be brief.", "input"),
@@ -69,7 +71,7 @@ def test_the_text_can_hold_the_question_and_is_filled_once():
 
 def test_rows_from_the_threshold_on_are_removed():
     questions = [select(make_verdict(), NOTHING, 1, 0, index) for index in range(3)]
-    judge = Judge(JudgeConfig("judge", threshold=0.7), lambda texts: [0.1, 0.7, 0.9][: len(texts)])
+    judge = Judge(JudgeConfig("judge", threshold=0.7), lambda: lambda texts: [0.1, 0.7, 0.9][: len(texts)])
     assert judge.find_removed(questions) == [False, True, True]
     finding = make_finding(questions[0])
     assert Verdict(ROW, (*make_verdict().findings, finding)).removal == finding
@@ -107,3 +109,28 @@ def test_labels_that_cannot_be_meant_are_refused_with_those_there_are(names, wan
         choose_labels(pathlib.Path("judge"), dict(enumerate(names)), wanted)
     assert said in refused.value.message
     assert "--judge-label" in refused.value.hint
+
+
+def test_a_judge_is_read_where_it_is_or_downloaded_and_named_by_its_files_alone(hub, tmp_path):
+    files = build_model()
+    hub.add("models", "acme/judge", files | {"training_args.bin": b"x"})
+    for name, content in files.items():
+        (tmp_path / "judges" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "judges" / name).write_bytes(content)
+    downloads = tmp_path / ".downloads"
+    here = fetch_judge(JudgeConfig("pvc://judges"), tmp_path, downloads, lambda _: None)
+    assert here[0] == tmp_path / "judges"
+    assert not downloads.exists()
+    there = fetch_judge(JudgeConfig("hf://acme/judge"), tmp_path, downloads, lambda _: None)
+    assert there[0].parent == downloads
+    assert {path.name for path in there[0].iterdir()} >= {"config.json", "model.safetensors"}
+    assert here[1] == there[1]
+    (tmp_path / "judges" / "config.json").write_text('{"model_type": "bert"}')
+    assert fetch_judge(JudgeConfig("pvc://judges"), tmp_path, downloads, lambda _: None)[1] != here[1]
+
+
+def test_a_folder_that_cannot_be_a_judge_is_refused_by_the_name_of_its_field(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "notes.txt").write_text("x")
+    with pytest.raises(TrainerError, match=r"spec\.dataset\.judge\.source: it holds no config\.json"):
+        fetch_judge(JudgeConfig("pvc://empty"), tmp_path, tmp_path, lambda _: None)

@@ -72,12 +72,20 @@ def _fill(text: str, turns: Sequence[Turn]) -> str:
 class Judge:
     """Asks the classifier about many rows."""
 
-    def __init__(self, config: JudgeConfig, score: Score) -> None:
+    def __init__(self, config: JudgeConfig, load: Callable[[], Score]) -> None:
         self._threshold = config.threshold
-        self._score = score
+        self._load = load
+        self._score: Score | None = None
+
+    def load(self) -> None:
+        """Load the classifier, once no more processes are forked from this one. Raises TrainerError."""
+        if self._score is None:
+            self._score = self._load()
 
     def find_removed(self, questions: Sequence[Question]) -> list[bool]:
         """Return for each question whether the judge would remove the row."""
+        self.load()
+        assert self._score is not None
         return [score >= self._threshold for score in self._score([question.text for question in questions])]
 
 
