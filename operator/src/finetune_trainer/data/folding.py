@@ -31,10 +31,21 @@ _SENTENCE_END = re.compile(
 _MARKUP = re.compile(r"[\s*_#>\-\u2022~(]*")
 _LABEL = re.compile(r"(?:assistant|ai|ai assistant|bot|chatbot|chatgpt|answer|response|output)\s*: *")
 _LETTER = re.compile(r"(?:subject|re|from|to|date) ?:|(?:dear|to whom)\b[^\n]{0,60}?[,:]\s")
+_SIGNATURE = re.compile(
+    r"\n(?:yours (?:sincerely|faithfully|truly)|sincerely|(?:with )?(?:best|kind|warm) (?:regards|wishes)|regards"
+    r"|mit freundlichen gr\u00fc\u00dfen|viele gr\u00fc\u00dfe|atentamente|(?:un )?(?:cordial )?saludos?(?: cordiales)?"
+    r"|cordialement|bien \u00e0 vous|atenciosamente|cumprimentos|\u6b64\u81f4|\u656c\u5177)[,.!]?(?: yours)?(?:\n|$)"
+)
+_SPEAKER = re.compile(r"(?:^|(?<=\n))[*_]*[a-z\u00c0-\u024f][\w .'-]{0,24}[*_]* ?:[*_]* ")
+_INTRODUCED = re.compile(r"(\w+)[\"'*_]*: ?(?:\n[\s*_>\-\u2022]*(?:\d{1,2}[.)] ?)?)?[*_]*$")
+_NOTES = ("note", "disclaimer", "important", "warning", "reminder", "caution", "ps", "nota", "aviso", "hinweis")
+_INTRODUCTION_CHARACTERS = 80
 EDGE_SENTENCES = 3
 """How many sentences from its start count as an answer's opening, and from its end as its close."""
 EDGE_CHARACTERS = 320
 """The opening reaches no further than this, however long its sentences are."""
+DIALOGUE_LINES = 3
+"""As many lines that begin with a name and a colon make a dialogue."""
 TAIL_CHARACTERS = 600
 """Where the last sentences are looked for first."""
 
@@ -137,10 +148,8 @@ class FoldedText:
 
     @functools.cached_property
     def opening_starts(self) -> list[int]:
-        """Positions at which the first sentences begin; none in a letter."""
-        if self.is_letter:
-            return []
-        return self.sentence_starts_in(0, self.body_start + EDGE_CHARACTERS)[:EDGE_SENTENCES]
+        """Positions at which the first sentences begin."""
+        return self.sentence_starts_in(0, self.body_start + EDGE_CHARACTERS, EDGE_SENTENCES)
 
     @functools.cached_property
     def closing_starts(self) -> list[int]:
@@ -149,13 +158,13 @@ class FoldedText:
         # If enough sentences begin in the tail, they are the last of the whole text too.
         return (starts if len(starts) >= EDGE_SENTENCES else self.sentence_starts)[-EDGE_SENTENCES:]
 
-    def sentence_starts_in(self, first: int, last: int) -> list[int]:
-        """Return the positions from `first` to `last` at which a sentence begins."""
+    def sentence_starts_in(self, first: int, last: int, limit: int | None = None) -> list[int]:
+        """Return the positions from `first` to `last` at which a sentence begins, or the first few of them."""
         begin = max(first, self.body_start)
         starts = [self.body_start] if begin == self.body_start else []
         for match in _SENTENCE_END.finditer(self.text, begin):
             start = _skip_markup(self.text, match.end())
-            if start > last or start == len(self.text):
+            if start > last or start == len(self.text) or len(starts) == limit:
                 break
             if not starts or starts[-1] < start:
                 starts.append(start)
@@ -163,8 +172,12 @@ class FoldedText:
 
     @functools.cached_property
     def is_letter(self) -> bool:
-        """Whether it is laid out as a letter or mail, whose refusals are its characters' own."""
-        return _LETTER.match(self.text, self.body_start) is not None
+        """Whether it is laid out as a letter or a dialogue, whose refusals are its characters' own."""
+        if _LETTER.match(self.text, self.body_start) or _SIGNATURE.search(self.text):
+            return True
+        # A single label is the answer's own; names of speakers come back.
+        begins = _SPEAKER.match(self.text, self.body_start) is not None
+        return begins and len(_SPEAKER.findall(self.text)) >= DIALOGUE_LINES
 
     def passage(self, position: int) -> str:
         """Return the rest of the sentence at `position`, and the sentence after it."""
@@ -173,13 +186,23 @@ class FoldedText:
         return self.text[position : following[0] if following else len(self.text)]
 
     def is_quoted(self, position: int) -> bool:
-        """Whether the place is inside double quotes of its paragraph: somebody in the text says it."""
+        """Whether somebody in the text says it: in quotes, after a colon, or as text in program code."""
         paragraph = self.text.rfind("\n", 0, position) + 1
-        if self.text.count('"', paragraph, position) % 2 == 0:
-            return False
-        stripped = self.text.strip()
-        # An answer that is quoted as a whole is still the answer.
-        return not (stripped.startswith('"') and stripped.endswith('"') and stripped.count('"') == 2)
+        if self.text.count('"', paragraph, position) % 2:
+            stripped = self.text.strip()
+            # An answer that is quoted as a whole is still the answer.
+            return not (stripped.startswith('"') and stripped.endswith('"') and stripped.count('"') == 2)
+        return position > self.body_start and self._is_introduced(position)
+
+    def _is_introduced(self, position: int) -> bool:
+        before = self.text[max(position - _INTRODUCTION_CHARACTERS, self.body_start) : position]
+        if before.endswith("'") and self.text.find("'", position) >= 0:
+            return True
+        # Backticks were folded to apostrophes, so three of them fence code.
+        if self.text.count("'''", 0, position) % 2:
+            return True
+        introduced = _INTRODUCED.search(before)
+        return introduced is not None and introduced[1] not in _NOTES
 
 
 def _skip_markup(text: str, position: int) -> int:

@@ -241,9 +241,14 @@ def _is_near(start: int, hits: Sequence[int]) -> bool:
 
 
 def _counts(rule: Rule, folded: FoldedText, start: int) -> bool:
-    if folded.is_quoted(start):
+    if folded.is_quoted(start) or (rule.position in ("opening", "edges") and _is_of_a_letter(folded, start)):
         return False
     return rule.unless is None or rule.unless.search(folded.passage(start)) is None
+
+
+def _is_of_a_letter(folded: FoldedText, start: int) -> bool:
+    """Whether a letter or dialogue opens here: its refusals are its characters' own, but a disclaimer may close it."""
+    return folded.is_letter and start not in folded.closing_starts[1:]
 
 
 def cut(verdict: Verdict) -> Verdict:
