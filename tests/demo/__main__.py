@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import pathlib
 import subprocess
@@ -13,9 +12,9 @@ import time
 from tests.cluster.bring_up import BringUpError, bring_up, read_s3_keys
 from tests.demo.demo import Storage, run_demo
 from tests.demo.kubectl import Cluster
+from tests.demo.own_cluster import OwnClusterError, check_context, read_images, read_storage
 
 CLUSTER_TOOL = pathlib.Path(__file__).resolve().parents[1] / "cluster" / "cluster.py"
-NEEDED = ("DEMO_IMAGES", "S3_ENDPOINT", "S3_ACCESS_KEY", "S3_SECRET_KEY")
 
 
 def main() -> int:
@@ -45,27 +44,18 @@ def main() -> int:
 
 
 def _run_on_context(context: str) -> int:
-    missing = [name for name in NEEDED if not os.environ.get(name)]
-    if missing:
-        print(
-            f"CONTEXT={context}: also set {', '.join(missing)}; README.md, "
-            '"The demo on your own cluster", says what each is',
-            file=sys.stderr,
-        )
+    kubeconfig = os.environ.get("KUBECONFIG") or str(pathlib.Path.home() / ".kube" / "config")
+    try:
+        storage = read_storage(os.environ)
+        images = read_images(os.environ["DEMO_IMAGES"])
+        tools = subprocess.run((sys.executable, str(CLUSTER_TOOL), "tools"), check=True, capture_output=True, text=True)
+        programs = pathlib.Path(tools.stdout.strip())
+        cluster = Cluster(kubeconfig, context, str(programs / "kubectl"), str(programs / "helm"))
+        check_context(cluster)
+    except OwnClusterError as error:
+        print(f"CONTEXT={context}: {error}", file=sys.stderr)
         return 2
-    kubeconfig = os.environ.get("KUBECONFIG", str(pathlib.Path.home() / ".kube" / "config"))
-    tools = subprocess.run((sys.executable, str(CLUSTER_TOOL), "tools"), check=True, capture_output=True, text=True)
-    programs = pathlib.Path(tools.stdout.strip())
-    endpoint = os.environ["S3_ENDPOINT"]
-    storage = Storage(
-        endpoint,
-        os.environ.get("S3_LOCAL_ENDPOINT", endpoint),
-        os.environ["S3_ACCESS_KEY"],
-        os.environ["S3_SECRET_KEY"],
-        os.environ.get("S3_REGION", "us-east-1"),
-    )
-    images = json.loads(pathlib.Path(os.environ["DEMO_IMAGES"]).read_text())
-    return run_demo(Cluster(kubeconfig, context, str(programs / "kubectl"), str(programs / "helm")), storage, images)
+    return run_demo(cluster, storage, images)
 
 
 if __name__ == "__main__":

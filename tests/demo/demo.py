@@ -16,7 +16,9 @@ import urllib.request
 from typing import Any
 
 import boto3
+import boto3.exceptions
 import botocore.config
+import botocore.exceptions
 import yaml
 
 from tests.demo import corpus, tiny_llama
@@ -67,8 +69,11 @@ def make_s3_client(storage: Storage) -> Any:
 def seed_storage(storage: Storage) -> None:
     """Put the data set and the base model where the example's URLs point."""
     client = make_s3_client(storage)
-    buckets = {bucket["Name"] for bucket in client.list_buckets()["Buckets"]}
-    if "demo" not in buckets:
+    try:
+        client.head_bucket(Bucket="demo")
+    except botocore.exceptions.ClientError as error:
+        if error.response["ResponseMetadata"]["HTTPStatusCode"] != 404:
+            raise
         client.create_bucket(Bucket="demo")
     rows = corpus.make_corpus(NUM_ROWS).rows
     client.put_object(Bucket="demo", Key="datasets/python-docs.json", Body=json.dumps(rows, indent=1).encode())
@@ -81,6 +86,16 @@ def seed_storage(storage: Storage) -> None:
         f"  data set: {len(rows)} rows of Python's documentation; base model: Llama, {parameters:,} parameters",
         flush=True,
     )
+
+
+def _seed(storage: Storage) -> None:
+    try:
+        seed_storage(storage)
+    except (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError, boto3.exceptions.Boto3Error) as error:
+        raise CheckFailedError(
+            f"the S3 server {storage.local_endpoint} did not take the demo's files: {error}; the keys need a bucket "
+            "`demo` that they may write to, or the right to make one"
+        ) from error
 
 
 def install_chart(cluster: Cluster, images: dict[str, str]) -> None:
@@ -238,7 +253,7 @@ def run_demo(cluster: Cluster, storage: Storage, images: dict[str, str]) -> int:
     started = time.monotonic()
     try:
         print("Seeding the bucket s3://demo", flush=True)
-        seed_storage(storage)
+        _seed(storage)
         print(f"Installing the chart into {OPERATOR_NAMESPACE} on context {cluster.context}", flush=True)
         install_chart(cluster, images)
         print(f"Applying {EXAMPLE.relative_to(REPOSITORY)} in {NAMESPACE}", flush=True)
