@@ -112,19 +112,6 @@ def test_what_weighs_too_little_is_unsure_and_removes_nothing():
     assert (report["rowsKept"], report["rowsUnsure"], report["removedPerRule"]) == (1, 1, {})
 
 
-def test_a_withdrawn_row_is_counted_as_if_it_had_been_removed_at_once():
-    row = make_conversation("abc", "The same answer")
-    finding = make_finding("exact-duplicate", REMOVE_ROW, (0, 15))
-    withdrawn, removed = Tally(), Tally()
-    for tally in (withdrawn, removed):
-        tally.add_tokens("before", 1, 3)
-    withdrawn.add_row(0, 5, row, Verdict(row))
-    withdrawn.add_tokens("after", 1, 3)
-    withdrawn.withdraw_row(0, 5, row.to_messages(), finding, tokens=(1, 3))
-    removed.add_row(0, 5, row, Verdict(row, (finding,)))
-    assert withdrawn.to_state() == removed.to_state()
-
-
 def test_the_sample_is_bounded_even_and_depends_on_the_seed():
     def sample_places(seed: int) -> list[int]:
         tally = Tally(seed)

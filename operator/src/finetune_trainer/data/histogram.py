@@ -28,10 +28,10 @@ class Histogram:
         self.total = 0
         """Sum of the lengths."""
 
-    def add(self, length: int, rows: int = 1) -> None:
-        """Count rows of a length; a negative number of rows takes them back."""
-        self.counts[bisect.bisect_right(EDGES, length) - 1] += rows
-        self.total += length * rows
+    def add(self, length: int) -> None:
+        """Count a row of this length."""
+        self.counts[bisect.bisect_right(EDGES, length) - 1] += 1
+        self.total += length
 
     def merge(self, other: Histogram) -> None:
         """Add another histogram's rows to this one's."""

@@ -4,10 +4,9 @@ How a preparation uses it:
 
 - A worker fills one `Tally` per chunk: `add_row` for every row that was parsed and judged, `add_bad_row` for every
   other, and, where there is a tokenizer, `add_tokens` for the row as read ("before") and as kept ("after"), from
-  `TokenCounter.measure` of the chunk's rows. The tally travels by pickle, or as `to_state()`, which is JSON.
-- The parent merges the chunks' tallies into one, in any order with the same result: `merge`. What only the parent sees
-  takes back a row that a worker counted as kept: `withdraw_row`, for a duplicate or a row that the judge refuses.
-  Findings that only flagged or edited the row stay counted. `add_judgement` counts what the judge said of a row.
+  `TokenCounter.measure` of the chunk's rows. `add_judgement` counts what the judge said of a row. The tally travels
+  by pickle, or as `to_state()`, which is JSON.
+- The parent merges the chunks' tallies into one, in any order with the same result: `merge`.
 - For a restart, `to_state()` of the merged tally is stored with every finished shard; `Tally.from_state()` loads it.
 - In the end `to_facts()` is what manifest and report share, `to_report()` the tally's share of the report, and
   `list_samples()` the lines of samples.jsonl. `output.write_report` writes them, and the page beside them.
@@ -98,17 +97,18 @@ class Tally:
         """Count a row that was judged; `conversation` is the row as it was read, `index` its number in the source."""
         counts = self._of_source(source)
         counts.read += 1
-        lengths = measure(conversation.to_messages())
-        self._add_characters("before", lengths, 1)
-        removal = verdict.removal
-        if removal is not None:
-            counts.removed += 1
-            self._add_finding(source, index, removal, conversation.to_messages())
-            return
-        counts.kept += 1
+        lengths = _measure(conversation)
+        self._add_characters("before", lengths)
+        # Most rows have no findings, and are done with at once.
         if verdict.findings:
+            removal = verdict.removal
+            if removal is not None:
+                counts.removed += 1
+                self._add_finding(source, index, removal, conversation.to_messages())
+                return
             lengths = self._add_kept_findings(source, index, conversation, verdict)
-        self._add_characters("after", lengths, 1)
+        counts.kept += 1
+        self._add_characters("after", lengths)
 
     def add_bad_row(self, facts: Mapping[str, Any]) -> None:
         """Count a row that could not be used: `source`, `index`, `file`, `line` and `why`."""
@@ -117,27 +117,10 @@ class Tally:
         counts.bad += 1
         self._keep_first_bad_rows([dict(facts)])
 
-    def withdraw_row(
-        self,
-        source: int,
-        index: int,
-        messages: Sequence[Mapping[str, str]],
-        finding: Finding,
-        tokens: tuple[int, int] | None = None,
-    ) -> None:
-        """Count a row as removed that was counted as kept; `tokens` are those it was counted with, if it was."""
-        counts = self._of_source(source)
-        counts.kept -= 1
-        counts.removed += 1
-        self._add_finding(source, index, finding, messages)
-        self._add_characters("after", measure(messages), -1)
-        if tokens is not None:
-            self.add_tokens("after", *tokens, rows=-1)
-
-    def add_tokens(self, when: When, prompt: int, answer: int, rows: int = 1) -> None:
+    def add_tokens(self, when: When, prompt: int, answer: int) -> None:
         """Count the tokens of a row's prompts and answers."""
-        self._histograms["promptTokens", when].add(prompt, rows)
-        self._histograms["answerTokens", when].add(answer, rows)
+        self._histograms["promptTokens", when].add(prompt)
+        self._histograms["answerTokens", when].add(answer)
 
     def add_judgement(self, rules_say: RulesSay, judge_removes: bool) -> None:
         """Count what the judge said of a row, beside what the rules said."""
@@ -220,7 +203,7 @@ class Tally:
         actions = {action for action, _ in decided}
         counts.edited += REMOVE_SENTENCE in actions
         counts.flagged += FLAG in actions
-        return measure(verdict.conversation.to_messages())
+        return _measure(verdict.conversation)
 
     def _add_finding(self, source: int, index: int, finding: Finding, messages: Sequence[Mapping[str, str]]) -> None:
         # `conversations[3].value` and `conversations[5].value` are one field to whoever reads the report.
@@ -229,9 +212,9 @@ class Tally:
         self._findings[key] += 1
         self._samples.offer(source, index, finding, messages)
 
-    def _add_characters(self, when: When, lengths: tuple[int, int], rows: int) -> None:
-        self._histograms["promptCharacters", when].add(lengths[0], rows)
-        self._histograms["answerCharacters", when].add(lengths[1], rows)
+    def _add_characters(self, when: When, lengths: tuple[int, int]) -> None:
+        self._histograms["promptCharacters", when].add(lengths[0])
+        self._histograms["answerCharacters", when].add(lengths[1])
 
     def _keep_first_bad_rows(self, rows: Sequence[dict[str, Any]]) -> None:
         if rows:
@@ -278,14 +261,14 @@ class Tally:
         return table | {"agreement": round(num_agreed / num_sure, 4) if num_sure else None}
 
 
-def measure(messages: Sequence[Mapping[str, str]]) -> tuple[int, int]:
+def _measure(conversation: Conversation) -> tuple[int, int]:
     """Return the characters of a row's prompts, system prompts and inputs among them, and of its answers."""
     prompt = answer = 0
-    for message in messages:
-        if message["role"] == "assistant":
-            answer += len(message["content"])
+    for turn in conversation.turns:
+        if turn.role == "assistant":
+            answer += len(turn.content)
         else:
-            prompt += len(message["content"]) + len(message.get("input", ""))
+            prompt += len(turn.content) + len(turn.input)
     return prompt, answer
 
 
