@@ -15,13 +15,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from finetune_contract.run_config import DatasetConfig, FilterConfig, Source
+from finetune_contract.run_config import DatasetConfig, FilterConfig, QualityConfig, Source
 from finetune_trainer.data import chunks, output, prepare, shards
 from finetune_trainer.data.prepare import Preparation, SourceFile, SourceRows
 from finetune_trainer.data.tokens import TokenCounter
 from finetune_trainer.errors import TrainerError
 
-CONFIG = DatasetConfig((Source("unused"),), filter=FilterConfig(rules="legacy"), holdout_fraction=0.2, max_bad_rows=100)
+CONFIG = DatasetConfig(
+    (Source("unused"),),
+    filter=FilterConfig(rules="legacy"),
+    quality=QualityConfig(duplicates="remove-row", similarity=0.9),
+    holdout_fraction=0.2,
+    max_bad_rows=100,
+)
 
 
 @pytest.fixture(autouse=True)

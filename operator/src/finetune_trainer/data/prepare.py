@@ -19,12 +19,13 @@ import orjson
 from finetune_contract.reports import ExitCode, Reason
 from finetune_trainer.data import output, problems
 from finetune_trainer.data.chunks import CHUNK_BYTES, ChunkReader
+from finetune_trainer.data.duplicate_index import DamagedIndexError, DuplicateIndex
 from finetune_trainer.data.formats import detect_format
 from finetune_trainer.data.report import Counts, Tally
-from finetune_trainer.data.row_work import Done, Position, RowWork, Task
+from finetune_trainer.data.row_work import Answers, Done, Position, Questions, RowWork, Task
 from finetune_trainer.data.rows import Row, UnreadableFileError, parse_chunk
 from finetune_trainer.data.rules import rules_digest
-from finetune_trainer.data.shards import SHARD_BYTES, Progress, Shards
+from finetune_trainer.data.shards import DUPLICATES, SHARD_BYTES, Progress, Shards
 from finetune_trainer.data.split import holdout_share
 from finetune_trainer.data.workers import Workers, count_cores
 from finetune_trainer.errors import TrainerError
@@ -33,8 +34,10 @@ from finetune_trainer.reporting import emit
 if TYPE_CHECKING:
     import pathlib
 
-    from finetune_contract.run_config import DatasetConfig
+    from finetune_contract.run_config import DatasetConfig, JudgeConfig
     from finetune_trainer.data.chunks import Chunk
+    from finetune_trainer.data.decontamination import ContaminationIndex
+    from finetune_trainer.data.judge import Judge
     from finetune_trainer.data.tokens import TokenCounter
 
 VERSION = 2
@@ -65,7 +68,12 @@ Advance = Callable[[float, Counts], None]
 """Told of the share of the input that has been read, from 0 to 1, and the counts so far."""
 
 
-def make_digest(sources: Sequence[SourceRows], config: DatasetConfig, phrases: Sequence[str] | None = None) -> str:
+def make_digest(
+    sources: Sequence[SourceRows],
+    config: DatasetConfig,
+    phrases: Sequence[str] | None = None,
+    contamination: ContaminationIndex | None = None,
+) -> str:
     """Return the name of the data set that these rows and settings give."""
     facts = {
         "version": VERSION,
@@ -73,21 +81,33 @@ def make_digest(sources: Sequence[SourceRows], config: DatasetConfig, phrases: S
             {"files": [file.sha256 for file in source.files], "format": source.format, "weight": source.weight}
             for source in sources
         ],
-        "settings": build_settings(config, phrases),
+        "settings": build_settings(config, phrases, contamination),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def build_settings(config: DatasetConfig, phrases: Sequence[str] | None) -> dict[str, Any]:
+def build_settings(
+    config: DatasetConfig, phrases: Sequence[str] | None, contamination: ContaminationIndex | None = None
+) -> dict[str, Any]:
     """Return the settings that decide what the prepared data holds."""
     return {
         "fields": dict(config.fields),
         "filter": dataclasses.asdict(config.filter),
+        "quality": dataclasses.asdict(config.quality),
+        "tasks": None if contamination is None else contamination.digest,
+        "judge": _build_judge_settings(config.judge),
         "phrases": None if phrases is None else list(phrases),
         "rules": rules_digest(),
         "holdoutFraction": config.holdout_fraction,
         "seed": config.seed,
     }
+
+
+def _build_judge_settings(judge: JudgeConfig) -> dict[str, Any] | None:
+    """Return what of the judge decides; with which credentials it is fetched does not."""
+    if not judge.source:
+        return None
+    return {name: value for name, value in dataclasses.asdict(judge).items() if name != "secret_prefix"}
 
 
 _NAMES = (output.TRAIN, output.HOLDOUT, output.REMOVED, output.BAD)
@@ -105,13 +125,19 @@ class Preparation:
         tokens: TokenCounter,
         phrases: Sequence[str] | None = None,
         advance: Advance = lambda _share, _counts: None,
+        *,
+        contamination: ContaminationIndex | None = None,
+        judge: Judge | None = None,
     ) -> None:
         self._config = config
         self._folder = folder
         self._tokens = tokens
         self._phrases = phrases
         self._advance = advance
-        self._work = RowWork(config, tokens, phrases)
+        self._contamination = contamination
+        self._judge = judge
+        self._duplicates: DuplicateIndex | None = None
+        self._work = RowWork(config, tokens, phrases, contamination)
         self._progress = Progress(Tally(config.seed))
         self._files: dict[str, output.LinesFile] = {}
         self._shard_bytes = 0
@@ -131,21 +157,22 @@ class Preparation:
             self._refuse_data()
         (self._folder / output.MANIFEST).unlink(missing_ok=True)
         # A restart finds its place by chunks, so they have to be cut in the same places.
-        shards = Shards(self._folder, f"{make_digest(sources, self._config, self._phrases)} {CHUNK_BYTES}")
+        shards = Shards(self._folder, f"{self._make_digest(sources)} {CHUNK_BYTES}")
         number = _choose_num_workers(sources) if num_workers is None else num_workers
         # Forked before a file is opened: what is buffered for a file would be written by every process.
         workers: Workers[Task, Done] = Workers(self._work, number)
         with workers:
             try:
                 self._open_files(shards, dry)
-                for task, done in workers.map(self._list_tasks(sources), lambda _: None):
+                for task, done in workers.map(self._list_tasks(sources), self._answer):
                     self._merge(task, done, sources[task.source])
                     if not dry and self._shard_bytes >= SHARD_BYTES:
-                        shards.finish(self._progress, self._files)
-                        self._shard_bytes = 0
+                        self._finish_shard(shards)
             finally:
                 for file in self._files.values():
                     file.close()
+                if self._duplicates is not None:
+                    self._duplicates.close()
         self._advance(1.0, self._progress.tally.counts)
         if not dry:
             self._hold_out_one_prompt_if_needed()
@@ -158,6 +185,25 @@ class Preparation:
             output.write_manifest(self._folder, manifest)
         shards.drop()
         return manifest
+
+    def _finish_shard(self, shards: Shards) -> None:
+        # The index first: rows that it knows from after the last shard are known by their numbers when they come again.
+        if self._duplicates is not None:
+            self._duplicates.commit()
+        shards.finish(self._progress, self._files)
+        self._shard_bytes = 0
+
+    def _answer(self, questions: Questions) -> Answers:
+        """Say what only this process knows of a chunk's rows."""
+        asked = questions.judge if self._judge is not None else {}
+        removed = self._judge.find_removed(list(asked.values())) if self._judge is not None and asked else []
+        answers = Answers(dict(zip(asked, removed, strict=True)))
+        for place, (number, mark) in questions.fingerprints.items():
+            is_removed = answers.judge.get(place, False) and asked[place].rules_say == "unsure"
+            earlier = self._duplicates.find_or_add(mark, number) if self._duplicates and not is_removed else None
+            if earlier is not None:
+                answers.duplicate_of[place] = earlier
+        return answers
 
     def _refuse_data(self) -> None:
         for name in (output.TRAIN, output.MANIFEST):
@@ -172,13 +218,29 @@ class Preparation:
     def _open_files(self, shards: Shards, dry: bool) -> None:
         """Open the output files: those of an interrupted run where its last shard ends, or new ones."""
         found = None if dry else shards.restore(_NAMES)
-        if found is not None:
+        if found is not None and self._open_duplicates():
             self._progress, self._files = found
             emit("carrying on with the data", shards=self._progress.num_shards, rows=self._progress.tally.counts.read)
             return
+        for file in found[1].values() if found else ():
+            file.close()
         shards.drop()
+        self._open_duplicates()
         unkept = (output.TRAIN, output.HOLDOUT) if dry else ()
         self._files = {name: output.LinesFile(self._folder / name, kept=name not in unkept) for name in _NAMES}
+
+    def _open_duplicates(self) -> bool:
+        """Open the index of duplicates, if one is needed; False when it does not hold what was committed."""
+        if not self._config.quality.duplicates:
+            return True
+        try:
+            self._duplicates = DuplicateIndex(self._folder / DUPLICATES, self._config.quality)
+        except DamagedIndexError:
+            return False
+        return True
+
+    def _make_digest(self, sources: Sequence[SourceRows]) -> str:
+        return make_digest(sources, self._config, self._phrases, self._contamination)
 
     def _list_tasks(self, sources: Sequence[SourceRows]) -> Iterator[Task]:
         """Yield all chunks after the place where an interrupted run has left off. Raises TrainerError."""
@@ -282,12 +344,12 @@ class Preparation:
         tally = self._progress.tally
         facts = {
             "version": VERSION,
-            "digest": make_digest(sources, self._config, self._phrases),
+            "digest": self._make_digest(sources),
             "rowsTrain": self._files[output.TRAIN].num_lines,
             "rowsHoldout": self._files[output.HOLDOUT].num_lines,
             "tokens": self._progress.num_tokens if self._tokens.is_usable else None,
         }
-        settings = build_settings(self._config, self._phrases)
+        settings = build_settings(self._config, self._phrases, self._contamination)
         described = [self._describe_source(index, source) for index, source in enumerate(sources)]
         report = facts | tally.to_report() | {"sources": described, "settings": settings}
         output.write_report(self._folder, report, tally.list_samples())

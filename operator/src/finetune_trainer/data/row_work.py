@@ -6,13 +6,15 @@ Nothing here depends on other chunks; what does is asked of the parent between `
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import orjson
 
 from finetune_trainer.data import output
-from finetune_trainer.data.findings import Verdict
+from finetune_trainer.data.duplicates import fingerprint
+from finetune_trainer.data.findings import Action, Finding, Verdict
 from finetune_trainer.data.formats import Conversation, RowError, parse_row
+from finetune_trainer.data.judge import make_finding, select
 from finetune_trainer.data.quality import find_defect, make_checks
 from finetune_trainer.data.refusals import make_filter
 from finetune_trainer.data.report import Tally
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
 
     from finetune_contract.run_config import DatasetConfig
     from finetune_trainer.data.chunks import Chunk
+    from finetune_trainer.data.decontamination import ContaminationIndex
+    from finetune_trainer.data.duplicates import Fingerprint
+    from finetune_trainer.data.judge import Question
     from finetune_trainer.data.tokens import TokenCounter
 
 
@@ -79,13 +84,35 @@ class Done:
     """Tokens of the rows to train on."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True)
+class Questions:
+    """What only the parent can say of a chunk's rows, by their places among the judged ones."""
+
+    judge: dict[int, Question] = dataclasses.field(default_factory=dict)
+    """What the judge is asked."""
+    fingerprints: dict[int, tuple[int, Fingerprint]] = dataclasses.field(default_factory=dict)
+    """Number and fingerprint of the rows that are kept so far, in order; the numbers grow from row to row."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """What the parent says, by the same places."""
+
+    judge: dict[int, bool] = dataclasses.field(default_factory=dict)
+    """Whether the judge would remove the row."""
+    duplicate_of: dict[int, int] = dataclasses.field(default_factory=dict)
+    """Number of the earlier row that is like this one."""
+
+
+@dataclasses.dataclass(slots=True)
 class _Judged:
     """A row with its verdict."""
 
     index: int
     conversation: Conversation
     verdict: Verdict
+    duplicate_of: int | None = None
+    """Number of the earlier row that is like this one."""
 
 
 @dataclasses.dataclass
@@ -95,20 +122,32 @@ class Draft:
     task: Task
     judged: list[_Judged]
     bad: list[dict[str, Any]]
+    questions: Questions = dataclasses.field(default_factory=Questions)
+
+
+_SOURCE_BITS = 40
+_NO_ANSWERS = Answers()
 
 
 class RowWork:
     """Does chunks of rows by one preparation's settings."""
 
-    def __init__(self, config: DatasetConfig, tokens: TokenCounter, phrases: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        config: DatasetConfig,
+        tokens: TokenCounter,
+        phrases: Sequence[str] | None = None,
+        contamination: ContaminationIndex | None = None,
+    ) -> None:
         self._config = config
         self._tokens = tokens
         self._filter = make_filter(config.filter, phrases)
         self._checks = make_checks(config.quality)
+        self._contamination = contamination
         # The old scripts knew nothing of quality, and legacy mode is to give what they gave.
         self._finds_defects = config.filter.rules != "legacy"
 
-    def draft(self, task: Task) -> tuple[Draft, None]:
+    def draft(self, task: Task) -> tuple[Draft, Questions | None]:
         """Parse and judge the rows of a chunk."""
         draft = Draft(task, [], [])
         for index, item in enumerate(parse_chunk(task.chunk), start=task.first_index):
@@ -123,7 +162,8 @@ class RowWork:
                     continue
             facts = {"index": index, "source": task.source, "file": task.file_name, "line": item.line, "why": why}
             draft.bad.append(facts)
-        return draft, None
+        self._ask(draft)
+        return draft, draft.questions if draft.questions.judge or draft.questions.fingerprints else None
 
     def _judge(self, conversation: Conversation) -> Verdict:
         if self._finds_defects:
@@ -131,41 +171,78 @@ class RowWork:
             if defect is not None:
                 return Verdict(conversation, (defect,))
         verdict = self._filter.judge(conversation)
-        found = self._checks.check(verdict.conversation) if verdict.removal is None else ()
-        return dataclasses.replace(verdict, findings=(*verdict.findings, *found)) if found else verdict
+        if verdict.removal is not None:
+            return verdict
+        found = self._checks.check(verdict.conversation)
+        overlap = None if self._contamination is None else self._contamination.find(verdict.conversation)
+        return _add_findings(verdict, *found, *(() if overlap is None else (overlap,)))
 
-    def finish(self, draft: Draft, _answers: None) -> Done:
+    def _ask(self, draft: Draft) -> None:
+        """Note what the parent has to be asked, if anything."""
+        config, source = self._config, draft.task.source
+        for place, row in enumerate(draft.judged):
+            if config.judge.source:
+                question = select(row.verdict, config.judge, config.seed, source, row.index)
+                if question is not None:
+                    draft.questions.judge[place] = question
+            if config.quality.duplicates and row.verdict.removal is None:
+                mark = fingerprint(row.verdict.conversation, config.quality)
+                draft.questions.fingerprints[place] = source << _SOURCE_BITS | row.index, mark
+
+    def finish(self, draft: Draft, answers: Answers | None) -> Done:
         """Count the rows of a chunk and render the lines of all that become of them."""
-        task = draft.task
         done = Done(Tally(self._config.seed))
         lines: dict[str, list[bytes]] = {}
         for facts in draft.bad:
             done.tally.add_bad_row(facts)
             done.bad.append(facts["index"])
             lines.setdefault(output.BAD, []).append(render_line(facts))
+        self._apply_answers(draft, answers or _NO_ANSWERS, done.tally)
         tokens = self._count_tokens(draft.judged, done.tally)
         for row, num_tokens in zip(draft.judged, tokens, strict=True):
-            done.tally.add_row(task.source, row.index, row.conversation, row.verdict)
-            place = {"index": row.index, "source": task.source}
-            removal = row.verdict.removal
-            if removal is not None:
-                lines.setdefault(output.REMOVED, []).append(render_line(place | removal.to_facts()))
-                continue
-            copies = select_copies(task.weight, self._config.seed, task.source, row.index)
-            if not copies:
-                continue
-            messages = row.verdict.conversation.to_messages()
-            line = render_line({"messages": messages, **place})
-            share = holdout_share(messages, self._config.seed)
-            done.lowest_share = min(done.lowest_share, share)
-            if share < self._config.holdout_fraction:
-                lines.setdefault(output.HOLDOUT, []).append(line)
-            else:
-                lines.setdefault(output.TRAIN, []).extend([line] * copies)
+            done.tally.add_row(draft.task.source, row.index, row.conversation, row.verdict)
+            name, line, copies = self._render_row(row, draft.task, done)
+            if copies:
+                lines.setdefault(name, []).extend([line] * copies)
+            if name == output.TRAIN:
                 done.num_tokens += num_tokens * copies
         done.lines = {name: b"".join(some) for name, some in lines.items()}
         done.num_lines = {name: len(some) for name, some in lines.items()}
         return done
+
+    def _apply_answers(self, draft: Draft, answers: Answers, tally: Tally) -> None:
+        """Count what the judge says, and add to the verdicts what the parent has found."""
+        for place, removes in answers.judge.items():
+            question, row = draft.questions.judge[place], draft.judged[place]
+            tally.add_judgement(question.rules_say, removes)
+            if removes and question.rules_say == "unsure":
+                row.verdict = _add_findings(row.verdict, make_finding(question))
+        for place, earlier in answers.duplicate_of.items():
+            row = draft.judged[place]
+            turn, action = row.conversation.turns[0], cast(Action, self._config.quality.duplicates)
+            found = Finding("duplicate", "duplicates", "", turn.field, (0, len(turn.content)), action)
+            row.verdict, row.duplicate_of = _add_findings(row.verdict, found), earlier
+
+    def _render_row(self, row: _Judged, task: Task, done: Done) -> tuple[str, bytes, int]:
+        """Return the file that a row belongs to, its line, and how often it is written."""
+        place = {"index": row.index, "source": task.source}
+        removal = row.verdict.removal
+        if removal is not None:
+            facts = place | removal.to_facts()
+            if row.duplicate_of is not None:
+                source, index = divmod(row.duplicate_of, 1 << _SOURCE_BITS)
+                facts["duplicateOf"] = {"index": index, "source": source}
+            return output.REMOVED, render_line(facts), 1
+        copies = select_copies(task.weight, self._config.seed, task.source, row.index)
+        if not copies:
+            return output.TRAIN, b"", 0
+        messages = row.verdict.conversation.to_messages()
+        line = render_line({"messages": messages, **place})
+        share = holdout_share(messages, self._config.seed)
+        done.lowest_share = min(done.lowest_share, share)
+        if share < self._config.holdout_fraction:
+            return output.HOLDOUT, line, 1
+        return output.TRAIN, line, copies
 
     def _count_tokens(self, rows: Sequence[_Judged], tally: Tally) -> list[int]:
         """Return the tokens of each row as it is kept; 0 where there is no tokenizer or the row is removed."""
@@ -182,6 +259,10 @@ class RowWork:
                 tally.add_tokens("after", *kept)
             totals.append(sum(kept))
         return totals
+
+
+def _add_findings(verdict: Verdict, *found: Finding) -> Verdict:
+    return dataclasses.replace(verdict, findings=(*verdict.findings, *found)) if found else verdict
 
 
 def render_line(value: dict[str, Any]) -> bytes:

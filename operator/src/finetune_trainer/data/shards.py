@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from typing import TYPE_CHECKING, Any
 
 from finetune_trainer.data import output
@@ -24,6 +25,8 @@ SHARD_BYTES = 64 << 20
 """Input that is lost at most when a run is killed."""
 
 STATE = ".shards.json"
+DUPLICATES = ".duplicates"
+"""Folder of the index of duplicates."""
 
 _START = Position(0, 0, 0, 0)
 
@@ -104,3 +107,4 @@ class Shards:
         """Forget the shards, and what killed runs have left half-written: the data set is complete, or begun anew."""
         for leftover in (self._folder / STATE, *self._folder.glob(".*.json.*.partial"), *self._folder.glob("*.new")):
             leftover.unlink(missing_ok=True)
+        shutil.rmtree(self._folder / DUPLICATES, ignore_errors=True)
