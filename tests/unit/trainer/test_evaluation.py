@@ -2,9 +2,12 @@
 
 import json
 
+import pytest
+
 from finetune_contract.reports import MAX_TERMINATION_BYTES, ExitReport
 from finetune_trainer.commands.evaluate import _shorten
-from finetune_trainer.evaluation.harness import _numbers, expand_tasks, is_local
+from finetune_trainer.errors import TrainerError
+from finetune_trainer.evaluation.harness import _numbers, expand_tasks, is_local, read_texts
 
 
 def test_the_first_leaderboard_is_one_group_with_its_shots():
@@ -39,3 +42,18 @@ def test_many_scores_are_cut_to_what_a_termination_message_holds_and_the_groups_
     assert short["scores"]["mmlu"] == {"acc": 0.251235}
     assert short["baseline"]["holdout"] == {"loss": 2.12346}
     assert len(json.dumps(short)) > 1000, "parts that fit stay"
+
+
+def test_texts_of_a_file_stand_one_a_line(tmp_path):
+    (tmp_path / "texts.txt").write_bytes("\ufeffOne.\nZwei \u00fcber.\n".encode())
+
+    assert list(read_texts(["texts.txt"], tmp_path)) == ["One.", "Zwei \u00fcber."]
+
+
+@pytest.mark.parametrize("name", ["absent.txt", "folder.txt", "bytes.txt"])
+def test_a_file_of_texts_that_cannot_be_read_is_named(tmp_path, name):
+    (tmp_path / "folder.txt").mkdir()
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\xff")
+
+    with pytest.raises(TrainerError, match=name):
+        list(read_texts([name], tmp_path))

@@ -45,14 +45,7 @@ def _score_task(model: Any, name: str, shots: int | None, limit: int, root: path
     import lm_eval
     from lm_eval.tasks import TaskManager
 
-    path = (root / name).resolve() if is_local(name) else None
-    if path is not None and not path.is_file():
-        raise TrainerError(
-            Reason.EVALUATION_FAILED,
-            ExitCode.NO_INPUT,
-            f"spec.evaluation.tasks: no file {path}",
-            "Name an lm-eval task, open-llm-v1, or the path of a task file below the workspace.",
-        )
+    path = _find_file(name, root)
     try:
         # A local task's data files are named relative to its own folder.
         with _working_folder(path.parent if path else pathlib.Path.cwd()):
@@ -66,13 +59,63 @@ def _score_task(model: Any, name: str, shots: int | None, limit: int, root: path
                 task_manager=TaskManager(include_defaults=path is None),
             )
     except (KeyError, ValueError, OSError, ConnectionError) as error:
+        raise _make_error(name, error) from error
+    return {task: _numbers(metrics) for task, metrics in (result or {})["results"].items()}
+
+
+def read_texts(names: Sequence[str], root: pathlib.Path) -> Iterator[str]:
+    """Yield the prompt of every document of the tasks, without examples: what training data must not hold.
+
+    A name may also be that of a text file with one prompt a line. Raises TrainerError.
+    """
+    for name, _ in expand_tasks(names):
+        if name.endswith(".txt"):
+            yield from _read_lines(root / name)
+            continue
+        from lm_eval.tasks import TaskManager
+
+        path = _find_file(name, root)
+        try:
+            with _working_folder(path.parent if path else pathlib.Path.cwd()):
+                tasks = TaskManager(include_defaults=path is None).load([str(path or name)])["tasks"]
+                texts = [str(task.doc_to_text(document)) for task in tasks.values() for document in task.eval_docs]
+        except (KeyError, ValueError, OSError, ConnectionError) as error:
+            raise _make_error(name, error) from error
+        yield from texts
+
+
+def _read_lines(path: pathlib.Path) -> Iterator[str]:
+    try:
+        yield from path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise TrainerError(
+            Reason.INVALID_CONFIG,
+            ExitCode.NO_INPUT,
+            f"{path}: cannot be read: {first_line(error)}",
+            "Name a UTF-8 text file with one prompt a line.",
+        ) from error
+
+
+def _find_file(name: str, root: pathlib.Path) -> pathlib.Path | None:
+    """Return the file of a local task, None for a task of lm-eval. Raises TrainerError when it is not there."""
+    path = (root / name).resolve() if is_local(name) else None
+    if path is not None and not path.is_file():
         raise TrainerError(
             Reason.EVALUATION_FAILED,
             ExitCode.NO_INPUT,
-            f"task {name}: {first_line(error)}",
-            "Check the task's name, and that its data can be reached or lies in the Hugging Face cache.",
-        ) from error
-    return {task: _numbers(metrics) for task, metrics in (result or {})["results"].items()}
+            f"spec.evaluation.tasks: no file {path}",
+            "Name an lm-eval task, open-llm-v1, or the path of a task file below the workspace.",
+        )
+    return path
+
+
+def _make_error(name: str, error: Exception) -> TrainerError:
+    return TrainerError(
+        Reason.EVALUATION_FAILED,
+        ExitCode.NO_INPUT,
+        f"task {name}: {first_line(error)}",
+        "Check the task's name, and that its data can be reached or lies in the Hugging Face cache.",
+    )
 
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
