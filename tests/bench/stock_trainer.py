@@ -51,12 +51,16 @@ def _run_rank(inputs: Any) -> tuple[int, dict[str, Any]]:
     output = Workspace(pathlib.Path(run.workspace)).checkpoints
     arguments = _build_arguments(run, output)
     set_seed(run.training.seed)
-    is_partitioned = run.training.zero_stage == 3
-    model = modeling.load_model(inputs.base_model, torch_dtype(run.training.precision), is_partitioned=is_partitioned)
+    model = modeling.load_model(
+        inputs.base_model,
+        torch_dtype(run.training.precision),
+        is_partitioned=run.training.zero_stage == 3,
+        attention=inputs.packed_attention,
+    )
     trainer = Trainer(
         model=model,
         args=arguments,
-        data_collator=Collator(modeling.choose_pad_token(inputs.tokenizer), inputs.is_packed),
+        data_collator=Collator(modeling.choose_pad_token(inputs.tokenizer), packed=bool(inputs.packed_attention)),
         train_dataset=build_dataset(inputs.train),
         callbacks=[_build_callback(pathlib.Path(run.workspace) / "reports")],
     )

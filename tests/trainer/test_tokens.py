@@ -6,7 +6,6 @@ from finetune_trainer.data.prompts import build_chat_template, encode_prompt
 from finetune_trainer.training import tokens
 from finetune_trainer.training.collate import Collator
 from finetune_trainer.training.modeling import choose_pad_token, load_tokenizer
-from finetune_trainer.training.packing import PACKABLE
 from finetune_trainer.training.rank import build_dataset
 from finetune_trainer.training.tokens import IGNORED
 
@@ -65,45 +64,3 @@ def test_the_data_set_and_the_batches_hold_the_rows_as_they_were(models):
         assert batch["input_ids"][index, :length].tolist() == list(row.input_ids)
         assert batch["labels"][index].tolist() == list(row.labels) + [IGNORED] * (batch["labels"].shape[1] - length)
         assert batch["attention_mask"][index].sum() == length
-
-
-def _tiny_config(model_type):
-    from transformers import CONFIG_MAPPING
-
-    return CONFIG_MAPPING[model_type](
-        vocab_size=400,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=128,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=1,
-        attn_implementation="sdpa",
-    )
-
-
-@pytest.mark.parametrize("model_type", sorted(PACKABLE))
-def test_a_packed_example_has_the_logits_it_has_alone(models, model_type):
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(_tiny_config(model_type), dtype=torch.float32).eval()
-    tokenizer = load_tokenizer(models["llama"])
-    alone = tokens.tokenize([ROW, MORE, MORE + ROW], "wizardlm", tokenizer, 128)
-    (packed,) = tokens.pack(alone, 128).rows
-    row = {"input_ids": packed.input_ids, "labels": packed.labels, "seq_lengths": packed.lengths}
-    batch = Collator(0, packed=True)([row, row])
-
-    with torch.inference_mode():
-        logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits[1]
-        start = 0
-        for length in packed.lengths:
-            ids = torch.tensor([packed.input_ids[start : start + length]])
-            expected = model(input_ids=ids, use_cache=False).logits[0]
-            torch.testing.assert_close(logits[start : start + length], expected, rtol=1e-4, atol=1e-4)
-            start += length

@@ -11,7 +11,7 @@ from finetune_trainer.commands import plain
 from finetune_trainer.errors import TrainerError
 from finetune_trainer.training.deepspeed_config import build_deepspeed_config
 from finetune_trainer.training.inputs import check_settings
-from finetune_trainer.training.packing import choose_accumulation, is_packable
+from finetune_trainer.training.packing import choose_accumulation
 from finetune_trainer.training.schedule import count_steps
 
 RUN = RunConfig(model=Source("hf://org/model"), dataset=DatasetConfig(sources=()))
@@ -73,12 +73,6 @@ def test_automatic_accumulation_keeps_the_recipe_s_examples_per_step():
     assert choose_accumulation(0, 32, 1.0, 128) == 4
     assert choose_accumulation(0, 32, 9.0, 128) == 1
     assert choose_accumulation(6, 32, 9.0, 128) == 6
-
-
-def test_packing_is_for_architectures_that_honour_position_ids():
-    assert is_packable("llama")
-    assert is_packable("gpt_neox")
-    assert not is_packable("mpt")
 
 
 def test_fp16_without_gpus_is_refused_with_what_to_type():

@@ -15,7 +15,7 @@ from finetune_contract.workspace import Workspace
 from finetune_trainer.checkpoints.identity import identify_run
 from finetune_trainer.errors import TrainerError
 from finetune_trainer.reporting import emit, emit_warning
-from finetune_trainer.training import modeling, packing, tokens
+from finetune_trainer.training import modeling, packing, probe, tokens
 
 RECIPE_ACCUMULATION = 4
 """Accumulation of the recipe of origin; what `0` (automatic) keeps the examples per step of."""
@@ -32,7 +32,8 @@ class Inputs:
     train: tokens.TokenizedRows
     holdout: tokens.TokenizedRows
     """Empty unless checkpoints are ranked by a metric."""
-    is_packed: bool
+    packed_attention: str
+    """Attention code for packed rows (`probe.py`); empty: each example has a row of its own."""
     identity: Mapping[str, str]
     """What decides what the model becomes (`identity.identify_run`)."""
 
@@ -77,7 +78,8 @@ def read_inputs(run: RunConfig) -> Inputs:
     max_length = _choose_length(run, config)
     folder = find_dataset(run)
     train = _tokenize(folder / "train.jsonl", run, tokenizer, max_length)
-    is_packed = _choose_packing(run, config)
+    attention = _choose_packing(run, config, max_length)
+    is_packed = bool(attention)
     num_examples = len(train.rows)
     if is_packed:
         train = tokens.pack(train, max_length)
@@ -98,7 +100,7 @@ def read_inputs(run: RunConfig) -> Inputs:
         holdout = _tokenize(folder / "holdout.jsonl", run, tokenizer, max_length)
     emit("rows tokenized", examples=num_examples, rows=len(train.rows), tokens=train.num_tokens, packed=is_packed)
     identity = identify_run(run, base_model, folder)
-    return Inputs(run, base_model, tokenizer, train, holdout, is_packed, identity)
+    return Inputs(run, base_model, tokenizer, train, holdout, attention, identity)
 
 
 def _tokenize(path: pathlib.Path, run: RunConfig, tokenizer: Any, max_length: int) -> tokens.TokenizedRows:
@@ -129,10 +131,15 @@ def _choose_length(run: RunConfig, config: Any) -> int:
     return min(run.training.max_length, limit)
 
 
-def _choose_packing(run: RunConfig, config: Any) -> bool:
+def _choose_packing(run: RunConfig, config: Any, max_length: int) -> str:
+    """Return the attention code for packed rows; empty where they are not wanted, or not safe for the architecture."""
     if not run.training.packing:
-        return False
-    if packing.is_packable(config.model_type):
-        return True
-    emit_warning("packing is off: this architecture is not known to honour position ids", model_type=config.model_type)
-    return False
+        return ""
+    found = probe.find_packed_attention(config, max_length, run.trust_remote_code)
+    if not found.attention:
+        emit_warning(
+            "packing is off: this architecture mixes examples that share a row",
+            model_type=config.model_type,
+            problem=found.problem,
+        )
+    return found.attention

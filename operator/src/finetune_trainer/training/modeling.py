@@ -63,23 +63,31 @@ def choose_pad_token(tokenizer: Any) -> int:
 
 
 def load_model(
-    folder: pathlib.Path, dtype: str, trust_remote_code: bool = False, *, is_partitioned: bool = False
+    folder: pathlib.Path,
+    dtype: str,
+    trust_remote_code: bool = False,
+    *,
+    is_partitioned: bool = False,
+    attention: str = "",
 ) -> Any:
     """Load a causal language model whose folder holds every tensor of the architecture.
 
     `dtype` is a torch name, or auto for that of the weights. A library's default is to fill a missing tensor with
     random numbers and to say so in a log line; here it is an error. `is_partitioned`: under ZeRO-3, where a rank sees
-    parts of the tensors only.
+    parts of the tensors only. `attention`: the code for packed rows; empty: `choose_attention`.
     """
     from transformers import AutoModelForCausalLM
 
+    from finetune_trainer.training.attention import register
+
+    register()
     with _reading(folder, "the weights"):
         model, found = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             local_files_only=True,
-            attn_implementation=choose_attention(read_config(folder, trust_remote_code)),
+            attn_implementation=attention or choose_attention(read_config(folder, trust_remote_code)),
             ignore_mismatched_sizes=not is_partitioned,
             output_loading_info=True,
         )

@@ -88,16 +88,6 @@ def _fit_best(lengths: Sequence[int], max_length: int) -> list[list[int]]:
     return packs
 
 
-PACKABLE = frozenset({"gemma", "gpt_neox", "llama", "mistral", "phi3", "qwen2", "qwen3"})
-"""Model types tested to give each packed example the logits it has alone. Others ignore position ids (MPT's ALiBi), or
-nobody has looked."""
-
-
-def is_packable(model_type: str) -> bool:
-    """Return whether examples in one row do not see each other in this architecture."""
-    return model_type in PACKABLE
-
-
 def choose_accumulation(wanted: int, rows_per_micro_step: int, examples_per_row: float, recipe_rows: int) -> int:
     """Return the accumulation steps: `wanted`, or for 0 what keeps the recipe's real examples per optimizer step."""
     if wanted > 0:

@@ -117,11 +117,12 @@ def _build_trainer(inputs: Inputs, arguments: Any, keeper: Any) -> Any:
         torch_dtype(run.training.precision),
         run.trust_remote_code,
         is_partitioned=run.training.zero_stage == 3,
+        attention=inputs.packed_attention,
     )
     trainer = ContractTrainer(
         model=model,
         args=arguments,
-        data_collator=Collator(modeling.choose_pad_token(inputs.tokenizer), inputs.is_packed),
+        data_collator=Collator(modeling.choose_pad_token(inputs.tokenizer), packed=bool(inputs.packed_attention)),
         train_dataset=build_dataset(inputs.train),
         eval_dataset=build_dataset(inputs.holdout) if inputs.holdout.rows else None,
         processing_class=inputs.tokenizer,

@@ -34,6 +34,7 @@ def import_stack(tracking: Sequence[str] = (), uses_gpus: bool = False) -> None:
         import trl.trainer.sft_trainer  # noqa: F401
 
         _import_muon()
+        import finetune_trainer.training.attention
         import finetune_trainer.training.callbacks
         import finetune_trainer.training.collate
         import finetune_trainer.training.trainer  # noqa: F401
