@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from finetune_contract.reports import ExitCode, ExitReport, Metric, Phase, Reason
 from finetune_contract.run_config import DatasetConfig, FilterActions, FilterConfig, RunConfig, Source
 from finetune_trainer.commands.common import add_run_config_argument, apply_workspace_lock, load_run_config
+from finetune_trainer.commands.quality_options import add_quality_arguments, build_quality
 from finetune_trainer.data.formats import FORMATS
 from finetune_trainer.errors import TrainerError
 from finetune_trainer.reporting import ProgressBar, ProgressReporter, emit, write_exit_report, write_json
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     import argparse
 
     from finetune_contract.workspace import Workspace
+    from finetune_trainer.data.decontamination import ContaminationIndex
     from finetune_trainer.data.report import Counts
 
 _ROWS_PERCENT = 20.0
@@ -64,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="what follows from a match, as in disclaimer=remove-sentence: remove-row, remove-sentence or flag",
     )
+    add_quality_arguments(plain)
     plain.add_argument("--language", default="", help="apply the rules of one language only, as in en")
     plain.add_argument("--holdout-fraction", type=float, default=0.0, help="share of rows to hold out")
     plain.add_argument("--max-bad-rows", type=int, default=0, help="rows that may be unusable before this fails")
@@ -97,10 +100,12 @@ def _run_plain(args: argparse.Namespace) -> int:
     downloads = args.out / ".downloads"
     with ProgressBar("reading", remote.num_bytes, "B") as bar:
         rows = remote.describe_in_place() if remote.is_local else remote.download(downloads, bar.advance)
+    contamination = _read_contamination(dataset, pathlib.Path())
     with ProgressBar("filtering", None) as bar:
         steps = _RowSteps(bar)
         counter = TokenCounter(args.tokenizer, dataset.prompt_template)
-        manifest = Preparation(dataset, args.out, counter, phrases, steps.advance).run([rows], dry=args.dry_run)
+        preparation = Preparation(dataset, args.out, counter, phrases, steps.advance, contamination=contamination)
+        manifest = preparation.run([rows], dry=args.dry_run)
     shutil.rmtree(downloads, ignore_errors=True)
     _print_summary(manifest, args.out)
     return 0
@@ -117,6 +122,7 @@ def _build_dataset(args: argparse.Namespace) -> DatasetConfig:
         sources=(Source(args.source, args.revision, args.format),),
         fields=fields,
         filter=FilterConfig(rules=args.rules, fields=searched, language=args.language, actions=_parse_actions(args)),
+        quality=build_quality(args),
         holdout_fraction=args.holdout_fraction,
         max_bad_rows=args.max_bad_rows,
         seed=args.seed,
@@ -253,18 +259,32 @@ def _prepare_dataset(settings: RunConfig, workspace: Workspace, reporter: Progre
             else remote.download(downloads / _folder_name(remote.source, index), bar.advance)
             for index, remote in enumerate(remotes)
         ]
-    digest = make_digest(sources, dataset)
+    contamination = _read_contamination(dataset, workspace.root)
+    digest = make_digest(sources, dataset, contamination=contamination)
     folder = workspace.dataset(digest)
     manifest = read_manifest(folder)
     if manifest is None or manifest["rowsBad"] > dataset.max_bad_rows:
         with ProgressBar("filtering the data", None) as bar:
             counter = TokenCounter(workspace.base_model, dataset.prompt_template)
             steps = _RowSteps(bar, reporter)
-            manifest = Preparation(dataset, folder, counter, advance=steps.advance).run(sources)
+            preparation = Preparation(dataset, folder, counter, advance=steps.advance, contamination=contamination)
+            manifest = preparation.run(sources)
     _keep_report(workspace, digest)
     write_json(workspace.current_dataset, {"digest": digest, "request": request})
     shutil.rmtree(downloads, ignore_errors=True)
     return manifest
+
+
+def _read_contamination(dataset: DatasetConfig, root: pathlib.Path) -> ContaminationIndex | None:
+    """Return the texts of the evaluation tasks that must not be in the data, if the settings ask for it."""
+    if not dataset.quality.contamination:
+        return None
+    from finetune_trainer.data.decontamination import make_index
+    from finetune_trainer.evaluation.harness import read_texts
+
+    index = make_index(read_texts(dataset.quality.contamination_tasks, root), dataset.quality)
+    emit("the texts of the evaluation tasks are read", texts=index.num_texts, digest=index.digest)
+    return index
 
 
 def _keep_report(workspace: Workspace, digest: str) -> None:
