@@ -194,6 +194,20 @@ def test_a_flipped_bit_in_a_shard_is_found_by_reading_every_byte(tmp_path):
     assert OPTIMIZER.format(1) in finding.text
 
 
+def test_a_shard_whose_records_carry_no_checksums_is_whole_for_what_can_be_told(tmp_path):
+    folder = write_foreign(tmp_path, 100)
+    content = bytearray(_shard(folder, 1).read_bytes())
+    # PyTorch leaves them out, as 0, after `set_crc32_options(False)`; they stand in both headers of each record.
+    for signature, offset in ((b"PK\x03\x04", 14), (b"PK\x01\x02", 16)):
+        position = content.find(signature)
+        while position >= 0:
+            content[position + offset : position + offset + 4] = bytes(4)
+            position = content.find(signature, position + 4)
+    _shard(folder, 1).write_bytes(content)
+
+    assert examine_foreign(folder, full=True)[0] == ()
+
+
 def test_only_reading_every_state_finds_a_rank_of_another_step(tmp_path):
     folder = write_foreign(tmp_path, 100)
     path = folder / "global_step100/zero_pp_rank_1_mp_rank_00_model_states.pt"

@@ -1,5 +1,6 @@
 """What makes a checkpoint complete."""
 
+import hashlib
 import json
 
 import pytest
@@ -39,6 +40,32 @@ def test_an_edited_manifest_is_not_believed(tmp_path, field, value):
     (checkpoint / MANIFEST).write_text(json.dumps(body | {field: value}))
 
     assert verify_checkpoint(checkpoint) == ["the manifest's checksum does not match its content"]
+
+
+def test_a_manifest_of_version_1_is_read_without_what_it_did_not_hold(tmp_path):
+    checkpoint = write_checkpoint(tmp_path, 800, metric=0.5)
+    body = json.loads((checkpoint / MANIFEST).read_text())
+    for name in ("checksum", "weights", "data_position", "random_states", "rows_per_step"):
+        del body[name]
+    body["version"] = 1
+    checksum = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    (checkpoint / MANIFEST).write_text(json.dumps(body | {"checksum": checksum}))
+
+    assert verify_checkpoint(checkpoint, full=True) == []
+    manifest = read_manifest(checkpoint)
+    assert (manifest.step, manifest.world_size, manifest.metrics) == (800, 2, {"eval_loss": 0.5})
+    assert (manifest.weights, manifest.data_position, manifest.rows_per_step) == ({}, {}, 0)
+
+
+def test_a_manifest_of_a_later_version_is_not_guessed_at(tmp_path):
+    checkpoint = write_checkpoint(tmp_path, 800)
+    body = json.loads((checkpoint / MANIFEST).read_text())
+    del body["checksum"]
+    body["version"] = 3
+    checksum = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    (checkpoint / MANIFEST).write_text(json.dumps(body | {"checksum": checksum}))
+
+    assert verify_checkpoint(checkpoint) == ["the manifest has another version; read it with the release that wrote it"]
 
 
 def test_a_missing_and_a_truncated_file_are_named(tmp_path):

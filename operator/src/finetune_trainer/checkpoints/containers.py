@@ -6,11 +6,12 @@ Used by the doctor where no manifest says what the file should be. Nothing is un
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import pathlib
 import zipfile
 import zlib
-from typing import Any
+from typing import IO, Any
 
 from finetune_trainer.checkpoints.pickles import PickleError, list_imports, read_pickle
 from finetune_trainer.safetensors_header import LENGTH_BYTES, Header, HeaderError, parse_header, parse_length
@@ -71,11 +72,24 @@ def _check_records(archive: zipfile.ZipFile, size: int) -> None:
 def _check_sums(archive: zipfile.ZipFile) -> None:
     for record in archive.infolist():
         try:
-            with archive.open(record) as stream:
+            with _open_record(archive, record) as stream:
                 while stream.read(_CHUNK):
                     pass
         except (zipfile.BadZipFile, zlib.error, EOFError) as error:
             raise DamagedFileError(f"record {record.filename} is not what was saved (CRC-32 differs)") from error
+
+
+def _open_record(archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> IO[bytes]:
+    """Open a record. One whose checksum is 0 has none: PyTorch leaves it out where it is told to, and so do we."""
+    if not record.CRC:
+        record = copy.copy(record)
+        del record.CRC
+    return archive.open(record)
+
+
+def _read_record(archive: zipfile.ZipFile, name: str) -> bytes:
+    with _open_record(archive, archive.getinfo(name)) as stream:
+        return stream.read()
 
 
 def read_torch_pickle(path: pathlib.Path) -> tuple[Any, dict[str, int]]:
@@ -94,7 +108,7 @@ def read_torch_pickle(path: pathlib.Path) -> tuple[Any, dict[str, int]]:
                 for record in archive.infolist()
                 if record.filename.startswith(folder)
             }
-            return read_pickle(archive.read(name)), sizes
+            return read_pickle(_read_record(archive, name)), sizes
     except (zipfile.BadZipFile, NotImplementedError, EOFError, PickleError, zlib.error) as error:
         raise DamagedFileError(f"cannot be read: {error}") from error
 
@@ -103,7 +117,7 @@ def read_imports(path: pathlib.Path) -> frozenset[str]:
     """Return what loading a torch file would import, each as "module attribute"."""
     with contextlib.suppress(zipfile.BadZipFile, PickleError), zipfile.ZipFile(path) as archive:
         names = [name for name in archive.namelist() if name.endswith("data.pkl")]
-        return frozenset().union(*(list_imports(archive.read(name)) for name in names))
+        return frozenset().union(*(list_imports(_read_record(archive, name)) for name in names))
     return frozenset({"(unreadable) pickle"})
 
 
