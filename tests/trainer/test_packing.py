@@ -1,6 +1,7 @@
 """Packed examples have the loss they have alone, in the architectures that the probe lets pass and in no other."""
 
 import itertools
+import json
 
 import pytest
 
@@ -140,3 +141,30 @@ def test_a_probe_that_dies_turns_packing_off(models, monkeypatch):
     found = probe.find_packed_attention(read_config(models["llama"]), WIDTH)
 
     assert found == probe.Finding("", "the process that tried it ended with status 9")
+
+
+@pytest.mark.parametrize(("packing", "ranks"), [("true", 1), ("true", 2), ("false", 2)])
+def test_a_step_takes_the_mean_over_all_its_answer_tokens_however_they_are_split(
+    make_run, models, data, packing, ranks
+):
+    import torch
+
+    # One step over the whole data set, in many passes; the last leaves a rank without rows.
+    run = make_run("llama", "workspace", f"training.packing={packing}", f"topology.processes_per_node={ranks}")
+    run.train("training.gradient_accumulation_steps=64", "training.max_steps=1", "training.precision=fp32")
+    (log,) = (
+        entry
+        for entry in json.loads((run.workspace.checkpoints / "checkpoint-1" / "trainer_state.json").read_text())[
+            "log_history"
+        ]
+        if "loss" in entry
+    )
+
+    conversations = list(tokens.read_conversations(data / "train.jsonl"))
+    rows = tokens.tokenize(conversations, "wizardlm", load_tokenizer(models["llama"]), 128)
+    model = load_model(models["llama"], "float32")
+    loss = model(**_collate(rows, range(len(rows.rows)), packed=False)).loss
+    loss.backward()
+    norm = torch.linalg.vector_norm(torch.stack([weight.grad.norm() for weight in model.parameters()]))
+    assert log["loss"] == pytest.approx(loss.item(), abs=1e-5)
+    assert log["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
