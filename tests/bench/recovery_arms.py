@@ -7,7 +7,7 @@ import pathlib
 import shutil
 from typing import Protocol
 
-from finetune_trainer.checkpoints.layout import MANIFEST, checkpoint_name, list_folders
+from finetune_trainer.checkpoints.layout import checkpoint_name, list_folders
 from finetune_trainer.checkpoints.manifest import read_manifest, verify_checkpoint
 from tests.bench import recovery_engine, stock_trainer
 from tests.bench.training_process import TrainingProcess, start_forked, start_fresh, start_training
@@ -45,8 +45,8 @@ class OurTrainer:
         return start_training(run, "topology.in_pod_restarts=2", is_fresh=is_fresh)
 
     def is_complete(self, run: Run, step: int) -> bool:
-        """A checkpoint is one from the moment its manifest is there."""
-        return (_folder(run, step) / MANIFEST).exists()
+        """A checkpoint is one from the moment its manifest is whole; one that is being written does not count."""
+        return not verify_checkpoint(_folder(run, step))
 
     def list_problems(self, run: Run, step: int) -> list[str]:
         """Sizes and digests against the manifest."""

@@ -56,7 +56,7 @@ class Campaign:
 
     def play_kills(self, arm: str) -> Story:
         """Play the next run with kills, and record it."""
-        number = self._record.count_runs(arm, "kills")
+        number = self._record.choose_run(arm, "kills")
         reference = self._find_reference(arm, number)
         faults = plan_kills(self._seed, number, may_be_fresh=arm != ENGINE)
         with self._make_run(number) as run:
@@ -66,7 +66,7 @@ class Campaign:
 
     def play_full_disks(self, arm: str) -> Story:
         """Play the next run on a volume that runs full, and record it."""
-        number = self._record.count_runs(arm, "disks")
+        number = self._record.choose_run(arm, "disks")
         reference = self._find_reference(arm, number)
         mount = mount_small_volume(self._folder / "volume", VOLUME_BYTES)
         with mount as volume, self._make_run(number, volume.folder) as run:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import json
 import pathlib
 from typing import Any
@@ -69,9 +70,10 @@ class Record:
             file.write("".join(json.dumps(line) + "\n" for line in lines))
         self._lines += lines
 
-    def count_runs(self, arm: str, kind: str) -> int:
-        """Return how many runs of a kind are done; the next one has this number."""
-        return len(self._list(arm, kind, "end"))
+    def choose_run(self, arm: str, kind: str) -> int:
+        """Return the number of the first run of a kind that is not done."""
+        done = {line["run"] for line in self._lines if (line["arm"], line["kind"]) == (arm, kind)}
+        return next(number for number in itertools.count() if number not in done)
 
     def count_faults(self, arm: str, kind: str) -> int:
         """Return how many faults of a kind are done."""

@@ -314,10 +314,17 @@ def _strike(life: Life, fault: Fault, volume: SmallVolume | None) -> Hit:
         _await_restart(life, struck, ranks)
     life.read_rest()
     reached = life.steps[-1] if life.steps else None
-    problems = life.arm.list_problems(life.run, complete) if complete else []
-    hit = Hit(fault, reached, complete, struck, was_inside, problems, exit_code=process.exit_code)
+    hit = Hit(fault, reached, complete, struck, was_inside, _find_problems(life, complete), exit_code=process.exit_code)
     life.begin_again()
     return hit
+
+
+def _find_problems(life: Life, complete: int) -> list[str]:
+    """Return what is wrong with the newest complete checkpoint, which must be no older than the one there was."""
+    newest = life.newest_complete()
+    if newest < complete:
+        return [f"checkpoint-{complete} was complete, and is not any more"]
+    return life.arm.list_problems(life.run, newest) if newest else []
 
 
 def _choose_victim(fault: Fault, process: TrainingProcess, ranks: list[int], helpers: list[int]) -> tuple[str, int]:

@@ -60,7 +60,7 @@ def test_a_record_goes_on_where_a_killed_benchmark_left_it(tmp_path):
         file.write('{"arm": "ours", "kind": "ki')
 
     record = Record(path)
-    record.add_run(OURS, "kills", record.count_runs(OURS, "kills"), [_fault(lost_intervals=0.5)], **END)
+    record.add_run(OURS, "kills", record.choose_run(OURS, "kills"), [_fault(lost_intervals=0.5)], **END)
 
     again = Record(path).sum_up(OURS, "kills")
     assert (again.runs, again.faults, again.lost_intervals_max) == (2, FAULTS_PER_RUN + 1, 1.0)
