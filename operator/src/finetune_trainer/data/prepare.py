@@ -93,7 +93,8 @@ def build_settings(
     return {
         "fields": dict(config.fields),
         "filter": dataclasses.asdict(config.filter),
-        "quality": dataclasses.asdict(config.quality),
+        # What the tasks say decides, not where the job finds it.
+        "quality": dataclasses.asdict(dataclasses.replace(config.quality, contamination_tasks=())),
         "tasks": None if contamination is None else contamination.digest,
         "judge": _build_judge_settings(config.judge),
         "phrases": None if phrases is None else list(phrases),
