@@ -7,7 +7,7 @@ import pytest
 from finetune_contract.reports import MAX_TERMINATION_BYTES, ExitReport
 from finetune_trainer.commands.evaluate import _shorten
 from finetune_trainer.errors import TrainerError
-from finetune_trainer.evaluation.harness import _numbers, expand_tasks, is_local, read_texts
+from finetune_trainer.evaluation.harness import _find_file, _numbers, expand_tasks, is_local, read_texts
 
 
 def test_the_first_leaderboard_is_one_group_with_its_shots():
@@ -57,3 +57,11 @@ def test_a_file_of_texts_that_cannot_be_read_is_named(tmp_path, name):
 
     with pytest.raises(TrainerError, match=name):
         list(read_texts([name], tmp_path))
+
+
+@pytest.mark.parametrize("name", ["tasks/own.yaml", "pvc://tasks/own.yaml"])
+def test_a_task_file_is_found_on_the_workspace(tmp_path, name):
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "own.yaml").touch()
+
+    assert _find_file(name, tmp_path) == tmp_path / "tasks" / "own.yaml"

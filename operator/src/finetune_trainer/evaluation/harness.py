@@ -98,7 +98,7 @@ def _read_lines(path: pathlib.Path) -> Iterator[str]:
 
 def _find_file(name: str, root: pathlib.Path) -> pathlib.Path | None:
     """Return the file of a local task, None for a task of lm-eval. Raises TrainerError when it is not there."""
-    path = (root / name).resolve() if is_local(name) else None
+    path = (root / name.removeprefix("pvc://")).resolve() if is_local(name) else None
     if path is not None and not path.is_file():
         raise TrainerError(
             Reason.EVALUATION_FAILED,
