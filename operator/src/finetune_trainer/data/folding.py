@@ -37,8 +37,24 @@ _SIGNATURE = re.compile(
     r"|cordialement|bien \u00e0 vous|atenciosamente|cumprimentos|\u6b64\u81f4|\u656c\u5177)[,.!]?(?: yours)?(?:\n|$)"
 )
 _SPEAKER = re.compile(r"(?:^|(?<=\n))[*_]*[a-z\u00c0-\u024f][\w .'-]{0,24}[*_]* ?:[*_]* ")
-_INTRODUCED = re.compile(r"(\w+)[\"'*_]*: ?(?:\n[\s*_>\-\u2022]*(?:\d{1,2}[.)] ?)?)?[*_]*$")
-_NOTES = ("note", "disclaimer", "important", "warning", "reminder", "caution", "ps", "nota", "aviso", "hinweis")
+_SPEECH = "said|says|wrote|writes|replied|answered|asked|say|write|example|reads|prompt|print|dijo|dit|sagte|disse"
+_INTRODUCED = re.compile(
+    rf"(?:\b(\w+)[\"'*_]*: ?\n[\s*_>\-\u2022]*(?:\d{{1,2}}[.)] ?)?|\b(?:{_SPEECH})[\"'*_]*: ?)[*_]*$"
+)
+_NOTES = (
+    "note",
+    "disclaimer",
+    "important",
+    "warning",
+    "reminder",
+    "caution",
+    "ps",
+    "nota",
+    "aviso",
+    "hinweis",
+    "answer",
+    "response",
+)
 _INTRODUCTION_CHARACTERS = 80
 EDGE_SENTENCES = 3
 """How many sentences from its start count as an answer's opening, and from its end as its close."""
