@@ -8,11 +8,16 @@ import shutil
 
 import pytest
 
+from finetune_contract.run_config import DatasetConfig, JudgeConfig, Source
 from finetune_trainer.classifier import load_classifier
+from finetune_trainer.data.judge import Judge
+from finetune_trainer.data.prepare import Preparation, SourceFile, SourceRows
+from finetune_trainer.data.tokens import TokenCounter
 from finetune_trainer.errors import TrainerError
 from tests.support import tiny_models
 from tests.support.training_runs import build_texts
 
+UNSURE = "Rest well. Please consult a qualified healthcare professional."
 TEXTS = [f"{'word ' * length}{length}" for length in (1, 700, 3, 40, 41, 5, 2, 0, 90)]
 
 
@@ -60,3 +65,56 @@ def test_code_that_comes_with_a_classifier_is_not_run(judges, tmp_path):
     with pytest.raises(TrainerError):
         load_classifier(folder)
     assert not (tmp_path / "ran").exists()
+
+
+def prepare(source: pathlib.Path, out: pathlib.Path, *options: str) -> dict:
+    """Prepare rows and return the report."""
+    from finetune_trainer.__main__ import main
+
+    assert main(["prepare", "--source", str(source), "--out", str(out), *options]) == 0
+    return json.loads((out / "report.json").read_text())
+
+
+def test_the_judge_decides_what_the_rules_leave_open_and_nothing_else(judges, tmp_path):
+    """A threshold of 0 refuses every row that the judge is asked about, one of 1 none."""
+    outputs = ["Bread is baked from flour and water.", UNSURE, "I'm sorry, but I can't help with that."]
+    source = tmp_path / "rows.json"
+    source.write_text(json.dumps([{"instruction": f"Question {i}", "output": outputs[i % 3]} for i in range(30)]))
+    options = ("--judge", str(judges["bert"]), "--judge-audit", "1")
+    strict = prepare(source, tmp_path / "strict", *options, "--judge-threshold", "0")
+    assert (strict["removedPerRule"]["judge"], strict["rowsRemoved"], strict["rowsUnsure"]) == (10, 20, 0)
+    assert strict["judge"] == {
+        "rulesKeep": {"judgeKeeps": 0, "judgeRemoves": 10},
+        "rulesRemove": {"judgeKeeps": 0, "judgeRemoves": 10},
+        "rulesUnsure": {"judgeKeeps": 0, "judgeRemoves": 10},
+        "agreement": 0.5,
+    }
+    removed = [json.loads(line) for line in (tmp_path / "strict" / "removed.jsonl").read_text().splitlines()]
+    assert [line["index"] for line in removed if line["rule"] == "judge"] == list(range(1, 30, 3))
+    lenient = prepare(source, tmp_path / "lenient", *options, "--judge-threshold", "1")
+    assert (lenient["rowsRemoved"], lenient["rowsUnsure"]) == (10, 10)
+    assert lenient["digest"] != strict["digest"]
+    without = prepare(source, tmp_path / "without")
+    assert (without["rowsRemoved"], without["rowsUnsure"]) == (10, 10)
+    assert "judge" not in without
+
+
+def test_a_judged_data_set_is_the_same_for_any_number_of_processes(judges, tmp_path):
+    source = tmp_path / "rows.jsonl"
+    texts = [f"Number {index}. {'Bread and wine. ' * 50}" + (UNSURE if index % 2 else "") for index in range(1500)]
+    source.write_text("".join(json.dumps({"instruction": "Say.", "output": text}) + "\n" for text in texts))
+    scores = sorted(load_classifier(judges["bert"]).score(texts[1::50]))
+    config = JudgeConfig("judge", threshold=scores[len(scores) // 2], audit_fraction=0.02)
+    rows = [SourceRows("spec.dataset", (SourceFile(source, "rows.jsonl", "0" * 64),))]
+    for number in (0, 2):
+        judge = Judge(config, lambda: load_classifier(judges["bert"]).score)
+        dataset = DatasetConfig((Source(str(source)),), judge=config)
+        folder = tmp_path / str(number)
+        Preparation(dataset, folder, TokenCounter(None, "alpaca"), judge=judge).run(rows, num_workers=number)
+    reports = [json.loads((tmp_path / number / "report.json").read_text()) for number in ("0", "2")]
+    assert reports[0] == reports[1]
+    judged = reports[0]["judge"]["rulesUnsure"]
+    assert sum(judged.values()) == 750
+    assert min(judged.values()) > 100
+    for name in ("train.jsonl", "removed.jsonl", "report.html"):
+        assert (tmp_path / "0" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()

@@ -125,6 +125,8 @@ class JudgeConfig:
     """Share of the rows the rules are sure of that the judge is asked about too, for the report."""
     text: str = "{output}"
     """What is judged, with `{instruction}` and `{output}` for a question and its answer."""
+    digest: str = ""
+    """Of the classifier's files; filled in where they are read."""
 
 
 @dataclasses.dataclass(frozen=True)

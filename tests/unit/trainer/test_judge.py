@@ -134,3 +134,28 @@ def test_a_folder_that_cannot_be_a_judge_is_refused_by_the_name_of_its_field(tmp
     (tmp_path / "empty" / "notes.txt").write_text("x")
     with pytest.raises(TrainerError, match=r"spec\.dataset\.judge\.source: it holds no config\.json"):
         fetch_judge(JudgeConfig("pvc://empty"), tmp_path, tmp_path, lambda _: None)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--judge-label", "1"), "Add --judge DIR"),
+        (("--judge", "d", "--judge-text", "{answer}"), "Write {output}"),
+        (("--judge", "d", "--judge-threshold", "80"), "Write 0 to 1"),
+        (("--judge", "d", "--judge-audit", "-1"), "Write 0 to 1"),
+    ],
+)
+def test_arguments_of_a_judge_that_cannot_be_meant_are_refused(run_command, instructions, tmp_path, options, said):
+    source = ("--source", str(instructions / "alpaca.json"))
+    outcome = run_command("prepare", *source, "--out", str(tmp_path / "out"), *options)
+    assert outcome.code == 64
+    assert said in outcome.report["hint"]
+
+
+def test_a_judge_that_is_not_there_is_named_before_any_row_is_read(run_command, instructions, tmp_path):
+    source = ("--source", str(instructions / "alpaca.json"))
+    outcome = run_command("prepare", *source, "--out", str(tmp_path / "out"), "--judge", str(tmp_path / "none"))
+    assert outcome.code == 66
+    assert str(tmp_path / "none") in outcome.report["message"]
+    assert "spec.dataset.judge" in outcome.text
+    assert not (tmp_path / "out" / "report.json").exists()

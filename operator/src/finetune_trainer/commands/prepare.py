@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from finetune_contract.reports import ExitCode, ExitReport, Metric, Phase, Reason
 from finetune_contract.run_config import DatasetConfig, FilterActions, FilterConfig, RunConfig, Source
 from finetune_trainer.commands.common import add_run_config_argument, apply_workspace_lock, load_run_config
+from finetune_trainer.commands.judge_options import add_judge_arguments, build_judge_config, fetch_judge
 from finetune_trainer.commands.quality_options import add_quality_arguments, build_quality
 from finetune_trainer.data.formats import FORMATS
 from finetune_trainer.errors import TrainerError
@@ -67,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what follows from a match, as in disclaimer=remove-sentence: remove-row, remove-sentence or flag",
     )
     add_quality_arguments(plain)
+    add_judge_arguments(plain)
     plain.add_argument("--language", default="", help="apply the rules of one language only, as in en")
     plain.add_argument("--holdout-fraction", type=float, default=0.0, help="share of rows to hold out")
     plain.add_argument("--max-bad-rows", type=int, default=0, help="rows that may be unusable before this fails")
@@ -101,10 +103,13 @@ def _run_plain(args: argparse.Namespace) -> int:
     with ProgressBar("reading", remote.num_bytes, "B") as bar:
         rows = remote.describe_in_place() if remote.is_local else remote.download(downloads, bar.advance)
     contamination = _read_contamination(dataset, pathlib.Path())
+    dataset, judge = fetch_judge(dataset, pathlib.Path(), downloads)
     with ProgressBar("filtering", None) as bar:
         steps = _RowSteps(bar)
         counter = TokenCounter(args.tokenizer, dataset.prompt_template)
-        preparation = Preparation(dataset, args.out, counter, phrases, steps.advance, contamination=contamination)
+        preparation = Preparation(
+            dataset, args.out, counter, phrases, steps.advance, contamination=contamination, judge=judge
+        )
         manifest = preparation.run([rows], dry=args.dry_run)
     shutil.rmtree(downloads, ignore_errors=True)
     _print_summary(manifest, args.out)
@@ -123,6 +128,7 @@ def _build_dataset(args: argparse.Namespace) -> DatasetConfig:
         fields=fields,
         filter=FilterConfig(rules=args.rules, fields=searched, language=args.language, actions=_parse_actions(args)),
         quality=build_quality(args),
+        judge=build_judge_config(args),
         holdout_fraction=args.holdout_fraction,
         max_bad_rows=args.max_bad_rows,
         seed=args.seed,
@@ -260,6 +266,7 @@ def _prepare_dataset(settings: RunConfig, workspace: Workspace, reporter: Progre
             for index, remote in enumerate(remotes)
         ]
     contamination = _read_contamination(dataset, workspace.root)
+    dataset, judge = fetch_judge(dataset, workspace.root, downloads)
     digest = make_digest(sources, dataset, contamination=contamination)
     folder = workspace.dataset(digest)
     manifest = read_manifest(folder)
@@ -267,7 +274,9 @@ def _prepare_dataset(settings: RunConfig, workspace: Workspace, reporter: Progre
         with ProgressBar("filtering the data", None) as bar:
             counter = TokenCounter(workspace.base_model, dataset.prompt_template)
             steps = _RowSteps(bar, reporter)
-            preparation = Preparation(dataset, folder, counter, advance=steps.advance, contamination=contamination)
+            preparation = Preparation(
+                dataset, folder, counter, advance=steps.advance, contamination=contamination, judge=judge
+            )
             manifest = preparation.run(sources)
     _keep_report(workspace, digest)
     write_json(workspace.current_dataset, {"digest": digest, "request": request})

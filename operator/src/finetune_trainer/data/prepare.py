@@ -105,12 +105,13 @@ def build_settings(
 
 
 def _build_judge_settings(judge: JudgeConfig) -> dict[str, Any] | None:
-    """Return what of the judge decides; with which credentials it is fetched does not."""
+    """Return what of the judge decides: its files, wherever they come from, and what it is asked."""
     if not judge.source:
         return None
-    return {name: value for name, value in dataclasses.asdict(judge).items() if name != "secret_prefix"}
+    return {name: value for name, value in dataclasses.asdict(judge).items() if name not in _FETCHING}
 
 
+_FETCHING = ("source", "revision", "secret_prefix")
 _NAMES = (output.TRAIN, output.HOLDOUT, output.REMOVED, output.BAD)
 _SMALL_BYTES = 4 << 20
 """So little input is done before other processes have started."""
@@ -164,6 +165,8 @@ class Preparation:
         workers: Workers[Task, Done] = Workers(self._work, number)
         with workers:
             try:
+                if self._judge is not None:
+                    self._judge.load()
                 self._open_files(shards, dry)
                 for task, done in workers.map(self._list_tasks(sources), self._answer):
                     self._merge(task, done, sources[task.source])
