@@ -11,6 +11,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from finetune_contract.run_config import FilterConfig
 from finetune_trainer.data.findings import Finding
@@ -82,11 +83,11 @@ def _divide(part: int, whole: int) -> float:
     return part / whole if whole else 0.0
 
 
-def read_labelled() -> list[Labelled]:
-    """Return the set, language after language."""
+def read_labelled(folder: Path = ROWS) -> list[Labelled]:
+    """Return a set, language after language."""
     rows = []
     for language in LANGUAGES:
-        lines = (ROWS / f"{language}.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = (folder / f"{language}.jsonl").read_text(encoding="utf-8").splitlines()
         for number, line in enumerate(lines, start=1):
             row = json.loads(line)
             conversation = parse_row(row, "evol", {})
@@ -109,10 +110,10 @@ def score(judged: Sequence[Judged]) -> Score:
     return Score(removed_rightly, removed_wrongly, to_remove - removed_rightly, len(judged) - to_remove)
 
 
-def list_results(ours: Sequence[Judged], legacy: Sequence[Judged]) -> list[Result]:
-    """Return every metric over all languages and for each."""
+def list_results(ours: Sequence[Judged], legacy: Sequence[Judged], languages: Sequence[str]) -> list[Result]:
+    """Return every metric for each language; empty: over all."""
     results = []
-    for language in ("", *LANGUAGES):
+    for language in languages:
         here, there = (score([one for one in each if language in ("", one.row.language)]) for each in (ours, legacy))
         for name in ("f1", "precision", "recall", "traps_removed"):
             metric = f"{name}_{language}" if language else name
@@ -135,14 +136,16 @@ def main() -> int:
     """Judge and report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--errors", action="store_true", help="print the rows that the rules judge wrongly")
+    parser.add_argument("--rows", type=Path, default=ROWS, help="folder of another labelled set")
     args = parser.parse_args()
-    rows = read_labelled()
+    rows = read_labelled(args.rows)
     ours = judge(make_filter(FilterConfig()), rows)
     # The phrase list looks into the answers only, as the rules do: instructions of a trap hold refusals on purpose.
     legacy = judge(make_filter(FilterConfig(rules="legacy", fields=("output",))), rows)
     if args.errors:
         print("\n".join(format_error(one) for one in ours if not one.is_right))
-    write_results("filter-quality", list_results(ours, legacy), rows=len(rows))
+    name = "filter-quality" if args.rows == ROWS else f"filter-quality-{args.rows.name}"
+    write_results(name, list_results(ours, legacy, ("", *LANGUAGES)), rows=len(rows))
     return 0
 
 
