@@ -25,7 +25,7 @@ test: venv venv-trainer ## Run every rung that needs no GPU
 
 ##@ One rung of the tests
 
-.PHONY: test-unit test-chart test-api test-trainer test-cluster test-gpu
+.PHONY: test-unit test-chart test-api test-trainer test-cluster test-gpu test-faults
 test-unit: venv ## No network, no torch: seconds
 	@$(PYTHON) tests/run.py unit
 test-chart: venv ## Helm templates and the values' schema
@@ -38,10 +38,12 @@ test-cluster: venv ## Real pods on the embedded cluster
 	@$(PYTHON) tests/run.py cluster
 test-gpu: venv-trainer ## Needs a GPU; skipped without one
 	@$(PYTHON) tests/run.py gpu
+test-faults: venv ## Every fault in every phase of a training, half an hour: no part of make test
+	@$(BIN)/python -m tests.cluster.fault_matrix --cluster "$(CLUSTER)" --only "$(FAULTS)"
 
 ##@ Benchmarks: a table, and build/bench/<name>.json
 
-.PHONY: bench-recovery bench-checkpoint bench-goodput bench-filter bench-filter-quality bench-packing bench-prepare bench-weight-diff
+.PHONY: bench-recovery bench-checkpoint bench-goodput bench-restart bench-filter bench-filter-quality bench-packing bench-prepare bench-weight-diff bench-compose
 bench-recovery: venv-trainer ## Kills at random moments, beside the stock Trainer: KILLS=50 ENGINE=50 SEED=1 MINUTES=inf
 	@.venv-trainer/bin/python -m tests.bench.recovery --kills "$(or $(KILLS),50)" --engine "$(or $(ENGINE),50)" \
 	  --seed "$(or $(SEED),1)" --minutes "$(or $(MINUTES),inf)"
@@ -49,6 +51,8 @@ bench-checkpoint: venv-trainer ## What a save costs training, beside torch.save
 	@.venv-trainer/bin/python -m tests.bench.checkpoint
 bench-goodput: venv-trainer ## Productive share under kills, beside the recipe's cadence
 	@.venv-trainer/bin/python -m tests.bench.goodput
+bench-restart: venv ## From a killed pod, and a killed rank, to the next step on the embedded cluster: ROUNDS=3
+	@$(BIN)/python -m tests.bench.restart --rounds "$(or $(ROUNDS),3)" --cluster "$(CLUSTER)"
 bench-filter: venv ## Rows a second through the filter, beside the naive loop and a compiled regex
 	@$(BIN)/python -m tests.bench.filter
 bench-filter-quality: venv ## Precision, recall and F1 of the rules per language, beside the legacy list
@@ -59,6 +63,8 @@ bench-prepare: venv-trainer ## A million rows end to end, beside datasets.map
 	@.venv-trainer/bin/python -m tests.bench.prepare
 bench-weight-diff: venv-trainer ## A weight diff in stretches, beside loading both models whole
 	@.venv-trainer/bin/python -m tests.bench.weight_diff
+bench-compose: venv-trainer ## A composed adapter, beside its parts stacked live
+	@.venv-trainer/bin/python -m tests.bench.compose
 
 ##@ Develop
 
