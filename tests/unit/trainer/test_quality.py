@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import collections
+import json
+import pathlib
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -247,6 +251,17 @@ def test_the_language_of_prose_is_told(language, text):
 )
 def test_what_is_no_prose_has_no_language(text):
     assert detect_language(text) == ""
+
+
+def test_short_answers_have_their_language_or_none():
+    folder = pathlib.Path(__file__).parents[2] / "data" / "filter"
+    told = collections.Counter(
+        (path.stem, detect_language(json.loads(line)["output"]))
+        for path in folder.glob("*.jsonl")
+        for line in path.read_text(encoding="utf-8").splitlines()
+    )
+    assert {language for wanted, language in told if language != wanted} == {""}
+    assert sum(count for (_, language), count in told.items() if language) > 0.75 * told.total()
 
 
 def test_an_answer_in_another_language_than_expected_is_found():
