@@ -74,6 +74,8 @@ def test_each_turn_knows_where_it_stood():
         ({"messages": "Hi"}, "messages", "messages: expected a list, found text"),
         ({"messages": ["Hi"]}, "messages", r"messages\[0\]: expected an object, found text"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages", r"messages\[0\].role: expected one of user"),
+        ({"messages": [{"role": "x" * 50, "content": ""}]}, "messages", r"found 'x{40}'\.\.\.$"),
+        ({"messages": [{"role": None, "content": ""}]}, "messages", "found null"),
         ({"messages": [{"role": "user"}]}, "messages", r"messages\[0\].content is missing"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},

@@ -26,6 +26,10 @@ _SHAREGPT_ROLES = {
 _MESSAGE_ROLES = {"user": "user", "assistant": "assistant", "system": "system", "developer": "system"}
 
 
+_SHOWN = 40
+"""Characters of a value that a message shows."""
+
+
 class RowError(ValueError):
     """The row cannot be turned into a conversation; the message says which field is at fault."""
 
@@ -120,7 +124,7 @@ def _parse_turns(
             raise RowError(f"{path}: expected an object, found {_kind(item)}")
         role = item.get(role_key)
         if not isinstance(role, str) or role.lower() not in roles:
-            raise RowError(f"{path}.{role_key}: expected one of {', '.join(roles)}, found {role!r}")
+            raise RowError(f"{path}.{role_key}: expected one of {', '.join(roles)}, found {_shorten(role)}")
         turns.append(Turn(roles[role.lower()], _read_content(item, text_key, path), f"{path}.{text_key}"))
     return Conversation(tuple(turns))
 
@@ -148,6 +152,13 @@ def _read_text(row: Mapping[str, Any], key: str, path: str = "") -> str:
     except UnicodeEncodeError as error:
         raise RowError(f"{path}{key}: half a surrogate pair at character {error.start}") from None
     return value
+
+
+def _shorten(value: Any) -> str:
+    """Return a value for a message, however long it is."""
+    if not isinstance(value, str):
+        return _kind(value)
+    return repr(value) if len(value) <= _SHOWN else f"{value[:_SHOWN]!r}..."
 
 
 def list_keys(row: Any) -> str:
