@@ -9,7 +9,7 @@ import re
 
 import pytest
 
-from finetune_trainer.data.plots import draw_bars, draw_histograms, escape, shorten
+from finetune_trainer.data.plots import draw_bars, draw_histograms, escape, format_share, shorten
 from finetune_trainer.data.report_page import build_page
 
 HOSTILE = (
@@ -167,7 +167,9 @@ def test_a_label_fits_its_room_in_any_script():
 def test_bars_are_as_long_as_their_numbers():
     widths = [
         float(width)
-        for width in re.findall(r'class="bar"[^>]* width="([\d.]+)"', draw_bars({"a": 200, "b": 50}, 1000, ""))
+        for width in re.findall(
+            r'class="bar \w+"[^>]* width="([\d.]+)"', draw_bars({"a": 200, "b": 50}, 1000, "removed", "")
+        )
     ]
     assert widths[0] == pytest.approx(4 * widths[1], abs=0.2)
 
@@ -191,3 +193,9 @@ def test_a_histogram_stays_within_its_picture(before, after):
         assert float(x) + float(right) <= width
         assert float(y) + float(bottom) <= height
     assert len(re.findall('class="number"', picture)) >= 2
+
+
+def test_a_small_share_is_not_shown_as_nothing():
+    assert [format_share(*pair) for pair in ((0, 10), (1, 100_000), (1, 1000), (5, 10), (1, 0)) ] == [
+        "0.0%", "<0.1%", "0.1%", "50.0%", "",
+    ]  # fmt: skip

@@ -2,9 +2,10 @@
 
 STYLE = """
 :root{--ink:#1c2430;--quiet:#5b6675;--paper:#fff;--panel:#f5f7fa;--line:#dde3ea;--kept:#2563b0;--removed:#d9822b;
---bad:#b3364b;--before:#c9d0da;--outline:#6b7686;--mark:#ffe08a}
+--edited:#2a8c82;--flagged:#8a63b8;--bad:#b3364b;--before:#c9d0da;--outline:#6b7686;--mark:#ffe08a}
 @media (prefers-color-scheme:dark){:root{--ink:#e4e8ee;--quiet:#9aa5b4;--paper:#14181f;--panel:#1d232c;--line:#343d4a;
---kept:#5b9ef0;--removed:#eda04f;--bad:#e86b7f;--before:#56637a;--outline:#a9b4c3;--mark:#6b5410}}
+--kept:#5b9ef0;--removed:#eda04f;--edited:#4db8ac;--flagged:#b08ee0;
+--bad:#e86b7f;--before:#56637a;--outline:#a9b4c3;--mark:#6b5410}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--paper);color:var(--ink);font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,
 "Noto Sans","DejaVu Sans",sans-serif}
@@ -33,7 +34,8 @@ svg{display:block;width:100%;height:auto}
 svg text{font-size:12.5px;fill:var(--ink)}
 svg .quiet{fill:var(--quiet)}
 svg .number{font-variant-numeric:tabular-nums}
-.bar{fill:var(--removed)}
+.edited{fill:var(--edited)}
+.flagged{fill:var(--flagged)}
 .kept,.after{fill:var(--kept);background:var(--kept)}
 .removed{fill:var(--removed);background:var(--removed)}
 .bad{fill:var(--bad);background:var(--bad)}

@@ -58,20 +58,27 @@ def shorten(text: str, width: int) -> str:
     return line
 
 
-def draw_bars(numbers: Mapping[str, int], total: int, name: str) -> str:
-    """Draw a horizontal bar per entry, with its number and its share of the total."""
+def format_share(part: int, total: int) -> str:
+    """Return a share in percent; what is little is not shown as nothing."""
+    if not total:
+        return ""
+    return "<0.1%" if 0 < part / total < 0.0005 else f"{part / total:.1%}"
+
+
+def draw_bars(numbers: Mapping[str, int], total: int, kind: str, name: str) -> str:
+    """Draw a horizontal bar of a kind per entry, with its number and its share of the total."""
     longest = max(numbers.values(), default=1)
     room = _WIDTH - _LABEL - _NUMBER
     parts = []
     for index, (label, number) in enumerate(numbers.items()):
         top = index * _ROW
-        share = f"{number / total:.1%}" if total else ""
+        share = escape(format_share(number, total))
         width = max(room * number / longest, 1.0)
         parts.append(
             f"<g><title>{escape(label)}: {number:,} ({share})</title>"
             f'<text class="label" x="{_LABEL - 8}" y="{top + 16}" text-anchor="end">'
             f"{escape(shorten(label, int((_LABEL - 12) / _CHARACTER)))}</text>"
-            f'<rect class="bar" x="{_LABEL}" y="{top + 4}" width="{width:.1f}" height="{_ROW - 8}" rx="2"/>'
+            f'<rect class="bar {kind}" x="{_LABEL}" y="{top + 4}" width="{width:.1f}" height="{_ROW - 8}" rx="2"/>'
             f'<text class="number" x="{_LABEL + width + 6:.1f}" y="{top + 16}">{number:,}'
             f'<tspan class="quiet" dx="6">{share}</tspan></text></g>'
         )
@@ -114,7 +121,7 @@ def draw_fates(fates: Sequence[tuple[str, str, int]], name: str) -> str:
     width, x, parts = 2 * _WIDTH, 0.0, []
     for kind, label, rows in fates:
         part = width * rows / total
-        title = f"<title>{escape(label)}: {rows:,} ({rows / total:.1%})</title>"
+        title = f"<title>{escape(label)}: {rows:,} ({escape(format_share(rows, total))})</title>"
         parts.append(f'<rect class="{kind}" x="{x:.1f}" y="0" width="{part:.1f}" height="22">{title}</rect>')
         x += part
     return _svg(22, name, parts, width)

@@ -10,7 +10,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from finetune_trainer.data.page_style import STYLE
-from finetune_trainer.data.plots import draw_bars, draw_fates, draw_histograms, escape
+from finetune_trainer.data.plots import draw_bars, draw_fates, draw_histograms, escape, format_share
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -84,7 +84,7 @@ def _build_summary(report: Mapping[str, Any]) -> str:
 
 def _build_tile(label: str, number: int | None, total: int = 0) -> str:
     value = "not counted" if number is None else f"{number:,}"
-    share = f"<small>{number / total:.1%}</small>" if number and total > number else ""
+    share = f"<small>{escape(format_share(number, total))}</small>" if number and total > number else ""
     return f"<div><b>{value}</b>{share}<span>{escape(label)}</span></div>"
 
 
@@ -100,11 +100,12 @@ def _build_findings(report: Mapping[str, Any], word: str, title: str) -> str:
         caption = f"by {by.lower()}{more}"
         plots.append(
             f"<figure><figcaption>{caption}</figcaption>"
-            f"{draw_bars(top, report['rowsRead'], f'{title} {caption}')}</figure>"
+            f"{draw_bars(top, report['rowsRead'], word, f'{title} {caption}')}</figure>"
         )
     # The plot of the rules is the tallest, so the other three share the column beside it.
     columns = f'<div class="plots"><div class="stack">{"".join(plots[:-1])}</div>{plots[-1]}</div>'
-    return _section(title, '<p class="note">Shares are of all rows read.</p>', columns)
+    several = "" if word == "removed" else " A row counts once for each rule that found something in it."
+    return _section(title, f'<p class="note">Shares are of all rows read.{several}</p>', columns)
 
 
 def _build_lengths(lengths: Mapping[str, Any]) -> str:
