@@ -21,6 +21,7 @@ _SPELLINGS = (
 _UNUSUAL = re.compile(f"[{''.join(_SPELLINGS)}]")
 _SPACES = {"\t": " ", "\v": " ", "\f": " ", "\r": "\n", "\x1c": "\n", "\x1d": "\n", "\x1e": "\n", "\x1f": " "}
 
+_SPACES_RUN = re.compile(r"  +")
 _INDENT = re.compile(r"\n[ \n]+")
 _WORD = re.compile(r"\S+|\s+")
 _LONG_SPACE = re.compile(r"\s{2,}")
@@ -91,8 +92,7 @@ def _fold_spaces(text: str) -> str:
             text = text.replace(space, plain)
     if "\n" in text:
         text = _INDENT.sub("\n", text)
-    while "  " in text:
-        text = text.replace("  ", " ")
+    text = _SPACES_RUN.sub(" ", text)
     return text.replace(" \n", "\n") if " \n" in text else text
 
 
