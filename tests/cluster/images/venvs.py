@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[3]
 CACHE = Path(os.environ.get("FINETUNE_CACHE", Path.home() / ".cache/finetune-operator"))
 UV_VERSION = "0.13.9"
 LIGHT_LOCKS = ["operator/dev.lock"]
+UNUSED_DAYS = 30
 TRAINER_LOCKS = ["images/trainer/torch.lock", "images/trainer/requirements.lock", "operator/dev.lock"]
 
 
@@ -98,8 +99,18 @@ def make_shared_trainer() -> Path:
         if not (folder / ".complete").exists():
             say("installing the training stack: 2.8 GB to download when it is not cached")
             install(folder, TRAINER_LOCKS)
-            (folder / ".complete").touch()
+        (folder / ".complete").touch()
+        remove_unused(folder)
     return folder
+
+
+def remove_unused(current: Path) -> None:
+    """Remove the stacks of other locks that no checkout has asked for in a month; one that is needed comes again."""
+    for folder in current.parent.glob("trainer-*"):
+        mark = folder / ".complete"
+        last_used = (mark if mark.exists() else folder).stat().st_mtime
+        if folder != current and time.time() - last_used > UNUSED_DAYS * 86400:
+            shutil.rmtree(folder)
 
 
 def make_trainer() -> Path:
