@@ -35,31 +35,11 @@ class PhraseSearch:
 
 
 def _build_automaton(phrases: list[str]) -> Any:
-    try:
-        from ahocorasick_rs import AhoCorasick, Implementation
-    except ImportError:
-        return _SlowAutomaton(phrases)
+    from ahocorasick_rs import AhoCorasick, Implementation
 
     fits = sum(map(len, phrases)) <= _MAX_TABLE_CHARACTERS
     kind = Implementation.DFA if fits else Implementation.ContiguousNFA
     return AhoCorasick(phrases, implementation=kind, store_patterns=False)
-
-
-class _SlowAutomaton:
-    """The same from pyahocorasick, for environments that were locked before."""
-
-    def __init__(self, phrases: list[str]) -> None:
-        import ahocorasick
-
-        self._automaton: Any = ahocorasick.Automaton()
-        for index, phrase in enumerate(phrases):
-            self._automaton.add_word(phrase, (index, len(phrase)))
-        self._automaton.make_automaton()
-
-    def find_matches_as_indexes(self, text: str, *, overlapping: bool) -> list[tuple[int, int, int]]:
-        assert overlapping
-        found = self._automaton.iter(text)
-        return [(index, last + 1 - length, last + 1) for last, (index, length) in found]
 
 
 def _is_whole(phrase: str) -> bool:
