@@ -183,11 +183,12 @@ class _RowSteps:
 
 def _print_summary(manifest: dict[str, Any], folder: pathlib.Path) -> None:
     from finetune_trainer.data.output import PAGE
+    from finetune_trainer.data.plots import shorten
 
     names = {"read": "rowsRead", "kept": "rowsKept", "removed": "rowsRemoved", "bad": "rowsBad"}
     print("rows " + ", ".join(f"{name} {manifest[key]}" for name, key in names.items()))
     for rule, number in manifest["removedPerRule"].items():
-        print(f"  {number:8d}  {rule}")
+        print(f"  {number:8d}  {shorten(rule, 100)}")
     print(f"report {folder / PAGE}")
 
 

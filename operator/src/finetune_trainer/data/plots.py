@@ -16,10 +16,11 @@ if TYPE_CHECKING:
 
 _WIDTH = 560
 _ROW = 24
-_LABEL = 190
+_LABEL = 214
 _NUMBER = 104
-_CHARACTER = 7.0
-"""Width of a character of the labels, in the plot's units; those of East Asian scripts take two."""
+_CHARACTER = 7.5
+"""Width of a usual character of the labels, in the plot's units."""
+_WIDE = frozenset('mwMWGOQ<>=+#@%&~"\u2026')
 
 _PLOT_HEIGHT = 170
 _LEFT = 46
@@ -48,11 +49,11 @@ def _show(character: str) -> str:
 
 
 def shorten(text: str, width: int) -> str:
-    """Return as much of a text's one line as fits into a number of narrow characters."""
+    """Return as much of a text's one line as fits into a number of usual characters."""
     line = " ".join(text.split())
-    used = 0
+    used = 0.0
     for index, character in enumerate(line):
-        used += 2 if unicodedata.east_asian_width(character) in "WF" else 1
+        used += 2 if unicodedata.east_asian_width(character) in "WF" else 1.45 if character in _WIDE else 1
         if used > width:
             return line[: max(index - 1, 0)] + "…"
     return line

@@ -10,7 +10,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from finetune_trainer.data.page_style import STYLE
-from finetune_trainer.data.plots import draw_bars, draw_fates, draw_histograms, escape, format_share
+from finetune_trainer.data.plots import draw_bars, draw_fates, draw_histograms, escape, format_share, shorten
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -19,6 +19,8 @@ _TOP = 20
 """Bars of one plot; the table has all."""
 _OPEN_RULES = 5
 """Rules whose samples are shown unasked."""
+_LONGEST_NAME = 200
+"""Characters of a rule's name; in legacy mode it is the phrase."""
 _LONGEST_SETTINGS = 20_000
 
 _FATES = (("kept", "Kept", "rowsKept"), ("removed", "Removed", "rowsRemoved"), ("bad", "Unusable", "rowsBad"))
@@ -172,8 +174,9 @@ def _build_rules(rules: Sequence[Mapping[str, Any]], samples: Sequence[Mapping[s
 
 def _build_rule(rule: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], *, is_open: bool) -> str:
     about = f"{rule['category']} · {rule['language']} · {rule['action']}"
+    name = escape(shorten(rule["rule"], _LONGEST_NAME))
     head = (
-        f'<summary><span class="rule">{escape(rule["rule"])}</span><span class="quiet">{escape(about)}</span>'
+        f'<summary><span class="rule">{name}</span><span class="quiet">{escape(about)}</span>'
         f'<b class="number">{rule["rows"]:,}</b></summary>'
     )
     items = "".join(
