@@ -32,6 +32,15 @@ def estimate_checkpoint_bytes(
     return OPTIMIZER_BYTES * num_trained + WEIGHT_BYTES * copies * num_saved
 
 
+def estimate_share_bytes(num_trained: int, num_saved: int, zero_stage: int, num_shares: int, is_first: bool) -> int:
+    """Return what one of `num_shares` ranks, or pods, writes of a checkpoint; without ZeRO-3 the first has the weights.
+
+    A save is first copied into a buffer of that size, so it is also the host memory that saves take.
+    """
+    weights = 0 if zero_stage == 3 or not is_first else WEIGHT_BYTES * num_saved
+    return -(-OPTIMIZER_BYTES * num_trained // num_shares) + weights
+
+
 def peak_bytes(checkpoint_bytes: int, num_kept: int) -> int:
     """Return what a folder holds at its fullest: one checkpoint more than is kept exists while one is made."""
     return (num_kept + 1) * checkpoint_bytes

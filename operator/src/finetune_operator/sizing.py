@@ -9,7 +9,8 @@ import dataclasses
 import math
 import re
 
-from finetune_contract.checkpoint_sizes import estimate_checkpoint_bytes, peak_bytes
+from finetune_contract.checkpoint_sizes import estimate_checkpoint_bytes, estimate_share_bytes, peak_bytes
+from finetune_contract.run_config import RunConfig
 
 GIB = 1024**3
 _UNITS = {"m": 1e-3, "": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15, "E": 1e18}
@@ -18,6 +19,8 @@ _UNITS |= {f"{letter}i": 1024.0 ** (power + 1) for power, letter in enumerate("K
 LORA_SHARE_PER_RANK = 0.01 / 16
 """Adapters of rank 16 on every linear layer hold about one hundredth of the parameters."""
 BYTES_PER_PARAMETER_OUTPUT = 2
+BYTES_PER_PARAMETER_STATES = 16
+"""Of an optimizer in host memory: fp32 weights, their gradients, and the two moments of Adam."""
 GPU_MEMORY_BYTES = 80_000_000_000
 """What a GPU is taken to have where nothing says otherwise: an A100 with 80 GB."""
 USABLE_SHARE = 0.6
@@ -58,12 +61,27 @@ class Contents:
     """0: all weights are trained."""
 
 
+def count_trained(parameters: int, lora_rank: int) -> int:
+    """Return how many parameters are trained: all, or with a rank those of an adapter."""
+    return math.ceil(parameters * min(1.0, LORA_SHARE_PER_RANK * lora_rank)) if lora_rank else parameters
+
+
 def checkpoint_bytes(contents: Contents) -> int:
     """Return the size of one checkpoint with gathered weights: what the stock Trainer writes, and a margin for ours."""
-    trained = contents.parameters
-    if contents.lora_rank:
-        trained = math.ceil(contents.parameters * min(1.0, LORA_SHARE_PER_RANK * contents.lora_rank))
+    trained = count_trained(contents.parameters, contents.lora_rank)
     return estimate_checkpoint_bytes(trained, trained, contents.zero_stage)
+
+
+def training_memory_bytes(parameters: int, run: RunConfig) -> int:
+    """Return the host memory that a training pod takes for certain: the buffers of its saves, and offloaded states.
+
+    With less the trainer makes the buffers smaller, and training waits for a part of the writing.
+    """
+    training, nodes = run.training, run.topology.nodes
+    trained = count_trained(parameters, training.lora_rank if training.method == "lora" else 0)
+    buffers = estimate_share_bytes(trained, trained, training.zero_stage, nodes, is_first=True)
+    is_on_host = run.topology.gpus_per_node == 0 or training.offload != "none"
+    return buffers + (math.ceil(BYTES_PER_PARAMETER_STATES * trained / nodes) if is_on_host else 0)
 
 
 def needed_bytes(contents: Contents) -> int:
@@ -82,8 +100,7 @@ def choose_zero_stage(parameters: int, processes: int, lora_rank: int) -> int:
     """Return the lowest ZeRO stage of 2 and 3 whose share of the model fits into a GPU; 3 when nothing is known."""
     if parameters <= 0:
         return 3
-    trained = parameters * min(1.0, LORA_SHARE_PER_RANK * lora_rank) if lora_rank else parameters
-    stage_2 = 2 * parameters + 14 * trained / processes
+    stage_2 = 2 * parameters + 14 * count_trained(parameters, lora_rank) / processes
     return 2 if stage_2 <= GPU_MEMORY_BYTES * USABLE_SHARE else 3
 
 

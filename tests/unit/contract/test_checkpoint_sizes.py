@@ -2,7 +2,7 @@
 
 import pytest
 
-from finetune_contract.checkpoint_sizes import estimate_checkpoint_bytes, peak_bytes
+from finetune_contract.checkpoint_sizes import estimate_checkpoint_bytes, estimate_share_bytes, peak_bytes
 
 SEVEN_BILLION = 6_738_415_616
 
@@ -25,3 +25,15 @@ def test_frozen_weights_are_saved_and_have_no_optimizer_state():
 
 def test_three_kept_checkpoints_of_a_7b_model_need_377_gigabytes_at_their_fullest():
     assert peak_bytes(estimate_checkpoint_bytes(SEVEN_BILLION, SEVEN_BILLION, 3), 3) == 377_351_274_496
+
+
+@pytest.mark.parametrize("zero_stage", [2, 3])
+@pytest.mark.parametrize("num_shares", [1, 3, 8])
+def test_the_shares_add_up_to_the_checkpoint(zero_stage, num_shares):
+    shares = [
+        estimate_share_bytes(SEVEN_BILLION, SEVEN_BILLION, zero_stage, num_shares, is_first=index == 0)
+        for index in range(num_shares)
+    ]
+
+    whole = estimate_checkpoint_bytes(SEVEN_BILLION, SEVEN_BILLION, zero_stage, has_gathered_weights=False)
+    assert whole <= sum(shares) < whole + num_shares

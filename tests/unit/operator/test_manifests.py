@@ -95,6 +95,34 @@ def test_memory(assert_golden):
     assert_golden("memory", build_plan_map(cpu_plan(), "1"), build_record_map(cpu_plan(), RECORD))
 
 
+@pytest.mark.parametrize(
+    ("spec", "per_parameter"),
+    [
+        # ZeRO-3 over two pods: half of the optimizer's shards each; without it the first pod has the weights too.
+        ({"training": {"deepspeed": {"zeroStage": 3}}, "resources": {"nodes": 2}}, 6),
+        ({"training": {"deepspeed": {"zeroStage": 2}}, "resources": {"nodes": 2}}, 8),
+        ({"training": {"deepspeed": {"zeroStage": 3, "offload": "optimizer"}}, "resources": {"nodes": 2}}, 14),
+        ({"training": {"deepspeed": {"zeroStage": 3}}, "resources": {"gpusPerNode": 0}}, 28),
+        ({"training": {"method": "lora", "lora": {"rank": 32}}, "resources": {"nodes": 1}}, 14 * 0.02),
+    ],
+)
+def test_a_training_pod_asks_for_the_memory_of_its_saves(spec, per_parameter):
+    record = RECORD.with_phase(Phase.INSPECT, {"model_parameters": 7 << 30})
+
+    (container,) = build_attempt(make_test_plan(**spec), record, 1, "CA")[1]["spec"]["template"]["spec"]["containers"]
+
+    assert container["resources"]["requests"]["memory"] == f"{int(7 * 1024 * per_parameter)}Mi"
+    assert "memory" not in container["resources"]["limits"]
+
+
+def test_what_the_job_says_about_memory_is_asked_for_as_it_is():
+    plan = make_test_plan(resources={"memory": "3Gi"})
+
+    (container,) = build_attempt(plan, RECORD, 1, "CA")[1]["spec"]["template"]["spec"]["containers"]
+
+    assert container["resources"]["requests"]["memory"] == container["resources"]["limits"]["memory"] == "3Gi"
+
+
 @pytest.mark.parametrize("plan", [full_plan(), cpu_plan()], ids=["full", "cpu"])
 def test_every_pod_fits_the_restricted_pod_security_standard(plan):
     for pod in all_pods(plan):

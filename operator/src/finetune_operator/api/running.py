@@ -29,7 +29,7 @@ class Resources(Model):
     cpu: Quantity | None = None
     """CPUs of each pod, as in 8 or 500m."""
     memory: Quantity | None = None
-    """Memory of each pod, as in 64Gi."""
+    """Memory of each pod, as in 64Gi. Not set: what saving needs is asked for, without a limit."""
     shared_memory: Quantity | None = None
     """Size of /dev/shm in each pod, which counts towards its memory."""
     extended: QuantityMap = {}

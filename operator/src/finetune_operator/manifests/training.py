@@ -7,10 +7,12 @@ from typing import Any
 
 from finetune_contract import environment
 from finetune_contract.reports import Phase
+from finetune_contract.run_config import RunConfig
 from finetune_operator import naming
 from finetune_operator.placement import avoid_nodes, spread_over_nodes
 from finetune_operator.plan import Plan
 from finetune_operator.record import Record
+from finetune_operator.sizing import training_memory_bytes
 
 from .common import Container, build_job, build_labels, build_metadata, build_pod_spec
 from .run_config import build_run_config, build_run_config_map
@@ -69,7 +71,9 @@ def build_attempt(plan: Plan, record: Record, number: int, progress_ca: str) -> 
         environment.SAVE_SECONDS: f"{expect_save_seconds(plan, record):.1f}",
     }
     pod_spec = build_pod_spec(
-        plan, _container(plan, name, own), avoid_nodes([each.node for each in record.excluded_nodes])
+        plan,
+        _container(plan, name, _request_memory(record, run), own),
+        avoid_nodes([each.node for each in record.excluded_nodes]),
     )
     pod_spec |= {
         "subdomain": plan.names.training_service,
@@ -111,9 +115,16 @@ def _lost_node_tolerations() -> list[dict[str, Any]]:
     ]
 
 
-def _container(plan: Plan, config_map: str, env: Mapping[str, str]) -> Container:
+def _request_memory(record: Record, run: RunConfig) -> str:
+    """Return what to ask for where nobody has said it; nothing where the model's size is unknown. It is no limit."""
+    parameters = int(record.details(Phase.INSPECT).get("model_parameters") or 0)
+    return f"{max(1024, training_memory_bytes(parameters, run) >> 20)}Mi" if parameters else ""
+
+
+def _container(plan: Plan, config_map: str, memory: str, env: Mapping[str, str]) -> Container:
+    """Return the training container; `memory` is what it asks for where the job does not say it."""
     resources = plan.resources
-    amounts = {"cpu": resources.cpu, "memory": resources.memory}
+    amounts = {"cpu": resources.cpu, "memory": resources.memory or memory}
     requests = {name: value for name, value in amounts.items() if value} | dict(resources.extended)
     limits = ({"memory": resources.memory} if resources.memory else {}) | dict(resources.extended)
     values = {**env, environment.METRICS_PORT: str(METRICS_PORT)}

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from finetune_contract.checkpoint_sizes import OPTIMIZER_BYTES, WEIGHT_BYTES
+from finetune_contract.checkpoint_sizes import estimate_share_bytes
 from finetune_contract.reports import ExitCode
 from finetune_contract.run_config import LONGEST_PAUSE_SECONDS
 from finetune_contract.workspace import Workspace
@@ -203,8 +203,7 @@ def _estimate_share(trainer: Any, run: Any, group: ControlGroup) -> int:
         count = getattr(parameter, "ds_numel", parameter.numel())
         saved += count if parameter.requires_grad or run.training.method == "full" else 0
         trained += count if parameter.requires_grad else 0
-    writes_weights = group.rank == 0 and run.training.zero_stage < 3
-    return OPTIMIZER_BYTES * trained // group.size + (WEIGHT_BYTES * saved if writes_weights else 0)
+    return estimate_share_bytes(trained, saved, run.training.zero_stage, group.size, is_first=group.rank == 0)
 
 
 def _results(keeper: Any, step: int, total_steps: int, loss: float | None) -> dict[str, Any]:
