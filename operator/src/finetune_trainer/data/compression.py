@@ -69,6 +69,8 @@ class PlainStream(io.RawIOBase):
 
     def readinto(self, buffer: WriteableBuffer) -> int:
         view = memoryview(buffer).cast("B")
+        if not self._is_packed and self._num_bytes:
+            return self._raw.readinto(view)  # type: ignore[attr-defined, no-any-return]
         try:
             data = self._source.read(min(len(view), _BLOCK))
         except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:

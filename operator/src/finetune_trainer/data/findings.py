@@ -64,6 +64,8 @@ class Verdict:
     @property
     def removal(self) -> Finding | None:
         """Why the whole row is removed: the heaviest finding of the first text that decides it, or None."""
+        if not self.findings:
+            return None
         removing = [one for one in self.decided if one.action == REMOVE_ROW]
         if not removing:
             return None

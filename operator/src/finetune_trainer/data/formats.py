@@ -68,7 +68,7 @@ class Conversation:
 
 def detect_format(row: Any, fields: Mapping[str, str]) -> str | None:
     """Return the format of a row, or None when its keys fit none."""
-    if not isinstance(row, Mapping):
+    if not isinstance(row, dict):
         return None
     if fields.get("conversations", "conversations") in row:
         return "sharegpt"
@@ -81,7 +81,7 @@ def detect_format(row: Any, fields: Mapping[str, str]) -> str | None:
 
 def parse_row(row: Any, format_name: str, fields: Mapping[str, str]) -> Conversation:
     """Turn one row into a conversation. Raises RowError."""
-    if not isinstance(row, Mapping):
+    if not isinstance(row, dict):
         raise RowError(f"expected an object, found {_kind(row)}")
     if format_name in ("alpaca", "evol"):
         return _parse_instruction_row(row, fields)
@@ -93,14 +93,14 @@ def parse_row(row: Any, format_name: str, fields: Mapping[str, str]) -> Conversa
 
 
 def _parse_instruction_row(row: Mapping[str, Any], fields: Mapping[str, str]) -> Conversation:
-    names = {name: fields.get(name, name) for name in ("instruction", "input", "output")}
-    instruction = _read_text(row, names["instruction"])
-    output = _read_text(row, names["output"])
+    name, input_name = fields.get("instruction", "instruction"), fields.get("input", "input")
+    instruction = _read_text(row, name)
+    output = _read_text(row, fields.get("output", "output"))
     # evol rows have no input; one that has is not robbed of it.
-    added = _read_text(row, names["input"]) if row.get(names["input"]) is not None else ""
-    if not instruction.strip():
+    added = _read_text(row, input_name) if row.get(input_name) is not None else ""
+    if not instruction or instruction.isspace():
         if not added.strip():
-            raise RowError(f"{names['instruction']} is empty")
+            raise RowError(f"{name} is empty")
         instruction, added = added, ""
     user = Turn("user", instruction, "instruction", added, "input" if added else "")
     return Conversation((user, Turn("assistant", output, "output")))
@@ -120,7 +120,7 @@ def _parse_turns(
     turns = []
     for index, item in enumerate(items):
         path = f"{key}[{index}]"
-        if not isinstance(item, Mapping):
+        if not isinstance(item, dict):
             raise RowError(f"{path}: expected an object, found {_kind(item)}")
         role = item.get(role_key)
         if not isinstance(role, str) or role.lower() not in roles:
@@ -135,7 +135,7 @@ def _read_content(item: Mapping[str, Any], key: str, path: str) -> str:
         return _read_text(item, key, f"{path}.")
     texts = []
     for index, part in enumerate(parts):
-        if not isinstance(part, Mapping) or part.get("type") != "text":
+        if not isinstance(part, dict) or part.get("type") != "text":
             raise RowError(f"{path}.{key}[{index}]: only parts of type text can be trained on")
         texts.append(_read_text(part, "text", f"{path}.{key}[{index}]."))
     return "".join(texts)
@@ -147,6 +147,8 @@ def _read_text(row: Mapping[str, Any], key: str, path: str = "") -> str:
     value = row[key]
     if not isinstance(value, str):
         raise RowError(f"{path}{key}: expected text, found {_kind(value)}")
+    if value.isascii():
+        return value
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -163,7 +165,7 @@ def _shorten(value: Any) -> str:
 
 def list_keys(row: Any) -> str:
     """Return the names of a row's first keys for a message, whatever characters they hold."""
-    if not isinstance(row, Mapping):
+    if not isinstance(row, dict):
         return _kind(row)
     keys = [str(key)[:40].encode("utf-8", "backslashreplace").decode() for key in row][:8]
     return ", ".join(keys) if keys else "no keys"

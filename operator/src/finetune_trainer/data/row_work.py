@@ -125,6 +125,8 @@ class Draft:
     questions: Questions = dataclasses.field(default_factory=Questions)
 
 
+_CHECKS = ("truncated", "repetition", "html", "special_tokens", "language", "pii")
+"""Settings of the checks that look at one row."""
 _SOURCE_BITS = 40
 _NO_ANSWERS = Answers()
 
@@ -143,6 +145,7 @@ class RowWork:
         self._tokens = tokens
         self._filter = make_filter(config.filter, phrases)
         self._checks = make_checks(config.quality)
+        self._makes_checks = any(getattr(config.quality, name) for name in _CHECKS)
         self._contamination = contamination
         # The old scripts knew nothing of quality, and legacy mode is to give what they gave.
         self._finds_defects = config.filter.rules != "legacy"
@@ -172,6 +175,8 @@ class RowWork:
                 return Verdict(conversation, (defect,))
         verdict = self._filter.judge(conversation)
         if verdict.removal is not None:
+            return verdict
+        if not self._makes_checks and self._contamination is None:
             return verdict
         found = self._checks.check(verdict.conversation)
         overlap = None if self._contamination is None else self._contamination.find(verdict.conversation)

@@ -34,4 +34,6 @@ def holdout_share(messages: Sequence[Message], seed: int) -> float:
 def select_copies(weight: float, seed: int, source: int, index: int) -> int:
     """Return how often a row of a source with this weight is taken."""
     whole = math.floor(weight)
+    if whole == weight:
+        return whole
     return whole + (hash_to_share(f"weight:{seed}:{source}:{index}") < weight - whole)
