@@ -227,6 +227,17 @@ def test_a_dry_run_leaves_prepared_data_alone(run_command, instructions, tmp_pat
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
+def test_a_dry_run_lists_all_bad_rows_and_says_that_there_are_too_many(run_command, tmp_path, capsys):
+    source = tmp_path / "rows.jsonl"
+    source.write_text('{"instruction": "a", "output": "b"}\nnonsense\n{"instruction": "c", "output": 3}\n')
+    outcome = run_command("prepare", "--source", str(source), "--dry-run", "--out", str(tmp_path / "out"))
+    assert outcome.code == 0
+    assert [line["line"] for line in read_lines(tmp_path / "out" / "bad.jsonl")] == [2, 3]
+    assert "at most 0 bad rows are allowed" in capsys.readouterr().out
+    real = run_command("prepare", "--source", str(source), "--out", str(tmp_path / "real"))
+    assert real.code == 65
+
+
 def test_a_dry_run_without_a_source_is_a_usage_error(run_command):
     outcome = run_command("prepare", "--dry-run")
     assert outcome.code == 64

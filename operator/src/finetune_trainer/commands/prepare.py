@@ -10,6 +10,7 @@ import hashlib
 import json
 import pathlib
 import shutil
+import sys
 from typing import TYPE_CHECKING, Any
 
 from finetune_contract.reports import ExitCode, ExitReport, Metric, Phase, Reason
@@ -96,6 +97,9 @@ def _run_plain(args: argparse.Namespace) -> int:
     from finetune_trainer.fetch import list_remote_rows
 
     dataset = _build_dataset(args)
+    if args.dry_run:
+        # It lists all of them instead of failing at the first that is too many.
+        dataset = dataclasses.replace(dataset, max_bad_rows=sys.maxsize)
     phrases = None if args.phrases is None else _read_phrases(args.phrases)
     args.out.mkdir(parents=True, exist_ok=True)
     remote = list_remote_rows(dataset, pathlib.Path(), 0)
@@ -113,6 +117,8 @@ def _run_plain(args: argparse.Namespace) -> int:
         manifest = preparation.run([rows], dry=args.dry_run)
     shutil.rmtree(downloads, ignore_errors=True)
     _print_summary(manifest, args.out)
+    if manifest["rowsBad"] > args.max_bad_rows:
+        print(f"without --dry-run this fails: at most {args.max_bad_rows} bad rows are allowed (--max-bad-rows)")
     return 0
 
 
