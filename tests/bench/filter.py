@@ -10,6 +10,7 @@ thread, so that what else the machine does counts as little as it can.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import random
@@ -20,6 +21,7 @@ from collections.abc import Callable, Sequence
 
 from finetune_contract.run_config import FilterConfig
 from finetune_trainer.data.formats import Conversation, parse_row
+from finetune_trainer.data.phrase_search import PhraseSearch
 from finetune_trainer.data.refusals import make_filter
 from finetune_trainer.data.rules import read_legacy_phrases, read_rules
 from tests.bench.results import Result, write_results
@@ -121,6 +123,34 @@ def make_legacy_arms(rows: Rows, phrases: Sequence[str]) -> list[Arm]:
     return [Arm("legacy", judge), Arm("loop", loop), Arm("regex", search)]
 
 
+def make_search_arms(rows: Rows, phrases: Sequence[str]) -> list[Arm]:
+    """Return the searches alone: the automaton that we use, and pyahocorasick where it is installed."""
+    lowered = [phrase.lower() for phrase in phrases]
+    texts = [output for _, output in rows.texts]
+    ours = PhraseSearch(lowered)
+    arms = [Arm("search", lambda index: bool(ours.list_hits(texts[index].lower())))]
+    with contextlib.suppress(ImportError):
+        import ahocorasick
+
+        automaton = ahocorasick.Automaton()
+        for phrase in lowered:
+            automaton.add_word(phrase, len(phrase))
+        automaton.make_automaton()
+        arms.append(Arm("pyahocorasick", lambda index: bool(list(automaton.iter(texts[index].lower())))))
+    return arms
+
+
+def measure_searches(rows: Rows, phrases: Sequence[str], arguments: argparse.Namespace) -> list[Result]:
+    """Measure the automaton beside the one that was not chosen."""
+    arms = make_search_arms(rows, phrases)
+    compare(arms, arguments.sample, arguments.rounds)
+    other = arms[1:]
+    rates = [arguments.sample / arm.seconds for arm in arms]
+    if not other:
+        return [Result("search_rows_per_second", rates[0], "rows/s")]
+    return [Result("search_rows_per_second", rates[0], "rows/s", other[0].name, rates[1])]
+
+
 def make_rules_arm(rows: Rows) -> Arm:
     """Return the default rules."""
     ours = make_filter(FilterConfig())
@@ -168,6 +198,7 @@ def main(argv: Sequence[str]) -> int:
     rows = make_rows(arguments.rows)
     lists = [make_long_list(), list(read_legacy_phrases())]
     results = [result for phrases in lists for result in measure_list(rows, phrases, arguments)]
+    results += measure_searches(rows, lists[0], arguments)
     whole = [make_legacy_arms(rows, lists[0])[0], make_rules_arm(rows)]
     compare(whole, arguments.rows, 2)
     for arm in whole:
