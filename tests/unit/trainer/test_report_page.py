@@ -7,7 +7,9 @@ import json
 import pathlib
 import re
 
+import hypothesis
 import pytest
+from hypothesis import strategies
 
 from finetune_trainer.data.plots import draw_bars, draw_histograms, escape, format_share, shorten
 from finetune_trainer.data.report_page import build_page
@@ -199,3 +201,14 @@ def test_a_small_share_is_not_shown_as_nothing():
     assert [format_share(*pair) for pair in ((0, 10), (1, 100_000), (1, 1000), (5, 10), (1, 0)) ] == [
         "0.0%", "<0.1%", "0.1%", "50.0%", "",
     ]  # fmt: skip
+
+
+@hypothesis.given(strategies.text(max_size=60))
+def test_any_text_is_shown_as_one_text(text):
+    page = f'<p title="{escape(text)}">{escape(text)}</p>'
+    page.encode()
+    reader = read_page(page)
+    assert reader.tags == ["p"]
+    assert reader.attributes == [("title", "".join(reader.text))]
+    if text.isprintable():
+        assert "".join(reader.text) == text
