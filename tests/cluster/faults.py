@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import json
 import pathlib
+import re
 import subprocess
 from typing import Any
 
@@ -36,10 +37,13 @@ while manifest and not (found := saving()):
     if time.monotonic() > deadline:
         sys.exit("no save was seen within 60 s")
 children = [int(number) for number in os.listdir("/proc") if number.isdigit() and parent(number) == pid]
-os.kill(max(children) if kind == "rank" else pid, signal.SIGKILL)
+if kind != "nothing":
+    os.kill(max(children) if kind == "rank" else pid, signal.SIGKILL)
 print(found, time.time())
 """
 """Runs inside the cluster's namespaces: waits for a save to be under way, if asked to, and kills at that moment."""
+Line = tuple[float, str]
+"""When a container wrote a line, Unix time, and the line."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +68,10 @@ class Faults:
         return eventually(look, within=within, otherwise=self.job.describe, every=0.1)
 
     def kill_process(self, pod: dict[str, Any], kind: str = "container", in_save: bool = False) -> tuple[str, float]:
-        """Kill a container's first process, or one `rank` below it; return the save it was in and when, Unix time."""
+        """Kill a container's first process, one `rank` below it, or `nothing`.
+
+        Returns the save it was in, and when, in Unix time.
+        """
         container = pod["status"]["containerStatuses"][0]["containerID"].rpartition("/")[2]
         tasks = subprocess.run(
             (*self.world.read_status()["containerd"]["ctr"], "tasks", "ls"), capture_output=True, check=True
@@ -81,6 +88,14 @@ class Faults:
         claim = self.world.cluster.read("pvc", f"{self.job.name}-workspace", "-n", self.job.namespace)
         volume = self.world.cluster.read("pv", claim["spec"]["volumeName"])
         return pathlib.Path(volume["spec"]["local"]["path"])
+
+    def newest_complete_step(self) -> int:
+        """Return the step of the newest checkpoint that has its manifest, as the node sees it; 0 without one."""
+        pattern = f"{self.volume}/checkpoints/checkpoint-*/finetune-manifest.json"
+        found = self.world.tool(
+            "exec", "--", "python3", "-c", "import glob, sys; print(glob.glob(sys.argv[1]))", pattern
+        )
+        return max((int(step) for step in re.findall(r"checkpoint-(\d+)/", found)), default=0)
 
     def delete_pod(self, pod: dict[str, Any]) -> None:
         """Delete a pod by force, as a node that vanishes does: no signal that it could answer to."""
@@ -105,12 +120,20 @@ class Faults:
         self.world.tool("stop", component)
         self.world.tool("start", component)
 
+    def read_log(self, pod: str) -> list[Line]:
+        """Return what a pod has logged."""
+        text = self.world.cluster.run("logs", pod, "-n", self.job.namespace, "--timestamps", "--ignore-errors")
+        stamped = (line.partition(" ") for line in text.splitlines())
+        return [(_to_unix(stamp), rest) for stamp, _, rest in stamped if stamp.endswith("Z")]
+
     def lose_node(self, pod: dict[str, Any]) -> None:
-        """Stop kubelet until the operator has given up the attempt of this pod, and start it again."""
-        number = int(pod["metadata"]["labels"]["finetune.dev/attempt"])
+        """Stop kubelet until this pod, or the operator its attempt, has been given up; then start it again."""
+        number = int(pod["metadata"]["labels"].get("finetune.dev/attempt", 0))
 
         def is_given_up() -> bool:
             self._keep_another_node()
+            if not number:
+                return self._is_deleted(pod)
             attempts = self.job.live_status()["attempts"]
             return any(each["number"] == number and each.get("endTime") for each in attempts)
 
@@ -122,6 +145,11 @@ class Faults:
         finally:
             self.world.tool("start", "kubelet")
             self.world.cluster.run("delete", "node", ANOTHER_NODE["metadata"]["name"])
+
+    def _is_deleted(self, pod: dict[str, Any]) -> bool:
+        pods = self.world.cluster.read("pods", "-n", self.job.namespace)["items"]
+        kept = {each["metadata"]["uid"] for each in pods if not each["metadata"].get("deletionTimestamp")}
+        return pod["metadata"]["uid"] not in kept
 
     def _keep_another_node(self) -> None:
         """Say that the other node is alive, as its kubelet would."""
@@ -137,6 +165,12 @@ class Faults:
         before = cluster.read("pods", "-n", namespace, "-l", selector)["items"][0]["metadata"]["name"]
         cluster.run("delete", "pod", before, "-n", namespace, "--grace-period=0", "--force")
         cluster.run("rollout", "status", "deploy/finetune-operator", "-n", namespace, "--timeout=120s", timeout=130)
+
+
+def _to_unix(stamp: str) -> float:
+    """Return a time of the container runtime, which has nine digits after the point, as Unix time."""
+    whole, _, fraction = stamp.rstrip("Z").partition(".")
+    return datetime.datetime.fromisoformat(f"{whole}+00:00").timestamp() + float(f"0.{fraction or 0}")
 
 
 def _is_running(pod: dict[str, Any]) -> bool:
