@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 FIRST_BITS = 16
-MAX_LOAD = 0.72
+MAX_LOAD = 0.6
 MAX_CHAIN = 32
 """Records that are looked at for one band; rows made from a template fill a band, and more are not added to it."""
 _TAIL = 1 << 14
@@ -40,6 +40,7 @@ _BLOCK = 16
 _CHUNK = 1 << 17
 _SLOTS = struct.Struct(f"<{_BLOCK}Q")
 _SLOT = struct.Struct("<Q")
+_FREE = bytes(_SLOT.size)
 _PLACE = struct.Struct("<q")
 
 
@@ -145,35 +146,31 @@ class DuplicateIndex:
     ) -> dict[int, tuple[int, Fingerprint]]:
         """Return the records, by number, that agree in a band, and add the slot for this row to `free`."""
         part = slice(band * self._banding.width, (band + 1) * self._banding.width)
-        tag = zlib.crc32(fingerprint[part], band)
-        found: dict[int, tuple[int, Fingerprint]] = {}
-        for position, number in self._probe(tag):
-            if number < 0:
-                free.append((position, tag))
-                break
-            place, other = self._read_record(number)
-            # A tag says little, and a slot may be left over from rows that were forgotten.
-            if other[part] == fingerprint[part]:
-                found[number] = place, other
-                if len(found) == MAX_CHAIN:
-                    break
-        return found
-
-    def _probe(self, tag: int) -> Iterator[tuple[int, int]]:
-        """Yield the records with this tag as (slot, number of the record), at last (a free slot, -1)."""
+        key = fingerprint[part]
+        tag = zlib.crc32(key, band)
         position = tag >> (32 - self._bits)
+        found: dict[int, tuple[int, Fingerprint]] = {}
         while True:
-            block = os.pread(self._table, _SLOTS.size, position * _SLOT.size)
-            if len(block) < _SLOTS.size:
-                raise DamagedIndexError(f"{self._path}: the table has no free slot at its end")
-            for slot in _SLOTS.unpack(block):
+            for slot in self._read_slots(position):
                 if not slot:
-                    yield position, -1
-                    return
+                    free.append((position, tag))
+                    return found
                 number = (slot & 0xFFFFFFFF) - 1
                 if slot >> 32 == tag and number < self.num_rows:
-                    yield position, number
+                    place, other = self._read_record(number)
+                    # A tag says little, and a slot may be left over from rows that were forgotten.
+                    if other[part] == key:
+                        found[number] = place, other
+                        if len(found) == MAX_CHAIN:
+                            return found
                 position += 1
+
+    def _read_slots(self, position: int) -> tuple[int, ...]:
+        """Return the next slots; no more than the first when it is free."""
+        block = os.pread(self._table, _SLOTS.size, position * _SLOT.size)
+        if len(block) < _SLOTS.size:
+            raise DamagedIndexError(f"{self._path}: the table has no free slot at its end")
+        return (0,) if block.startswith(_FREE) else _SLOTS.unpack(block)
 
     def _read_record(self, number: int) -> tuple[int, Fingerprint]:
         data = os.pread(self._records, self._record, number * self._record)
@@ -193,7 +190,7 @@ class DuplicateIndex:
         self._used += len(taken)
 
     def _is_taken(self, position: int) -> bool:
-        return os.pread(self._table, _SLOT.size, position * _SLOT.size) != bytes(_SLOT.size)
+        return os.pread(self._table, _SLOT.size, position * _SLOT.size) != _FREE
 
     def _read_chunks(self) -> Iterator[np.ndarray[Any, np.dtype[np.uint64]]]:
         offset = 0
