@@ -18,15 +18,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-import pathlib
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 
 from tests.bench.recovery_campaign import Campaign
 from tests.bench.recovery_record import ENGINE, OURS, STOCK, Record, Sums
 from tests.bench.results import FOLDER, Result, write_results
+from tests.bench.scratch import make_scratch
 from tests.bench.small_volume import leave_mounts_of_host
 from tests.bench.training_process import import_stack
 
@@ -59,8 +58,8 @@ def main() -> int:
     began = time.monotonic()
     import_stack()
     import_seconds = time.monotonic() - began
-    with tempfile.TemporaryDirectory(prefix="recovery-", dir=FOLDER) as folder:
-        campaign = Campaign(args.seed, record, pathlib.Path(folder), import_seconds)
+    with make_scratch(FOLDER, "recovery") as folder:
+        campaign = Campaign(args.seed, record, folder, import_seconds)
         for goal in list_goals(args.kills, args.engine):
             play = campaign.play_kills if goal.kind == "kills" else campaign.play_full_disks
             reach(goal, record, play, deadline)
@@ -81,7 +80,7 @@ def list_goals(kills: int, engine_kills: int) -> list[Goal]:
 def reach(goal: Goal, record: Record, play: Callable[[str], object], deadline: float) -> None:
     """Play runs until the goal or the deadline is reached."""
     while record.count_faults(goal.arm, goal.kind) < goal.num_faults and time.monotonic() < deadline:
-        began = time.monotonic()
+        began, num_errors = time.monotonic(), len(record.list_errors(goal.arm))
         play(goal.arm)
         sums = record.sum_up(goal.arm, goal.kind)
         print(
@@ -89,8 +88,8 @@ def reach(goal: Goal, record: Record, play: Callable[[str], object], deadline: f
             f"{sums.faults_resumed} resumed, {sums.diverged_runs} runs diverged; {time.monotonic() - began:.0f} s",
             flush=True,
         )
-    for error in record.list_errors(goal.arm)[-1:]:
-        print(f"{goal.arm}: {error}")
+        for error in record.list_errors(goal.arm)[num_errors:]:
+            print(f"did not resume by itself: {error}", flush=True)
 
 
 def is_flawless(record: Record) -> bool:

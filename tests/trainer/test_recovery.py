@@ -5,6 +5,10 @@ A short run of what `make bench-recovery` does a thousand times.
 
 from __future__ import annotations
 
+import tempfile
+
+import pytest
+
 from tests.bench.recovery_arms import OurTrainer
 from tests.bench.recovery_campaign import SETTINGS, Campaign
 from tests.bench.recovery_faults import EVERY_STEPS, Fault
@@ -15,6 +19,14 @@ LAST_STEP = 9
 KILLS = [Fault("pod", "save", 1, 0.0), Fault("writer", "step", 1, 0.5, rank=1)]
 ENGINE_SEED = 43
 """Its first run strikes pods, a supervisor, a rank and a writer, all of them inside saves."""
+
+
+@pytest.fixture(autouse=True)
+def own_temporary_folder(tmp_path, monkeypatch):
+    """What killed supervisors leave behind goes with the test."""
+    folder = tmp_path / "tmp"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
 
 
 def test_a_training_whose_processes_are_killed_ends_as_one_that_was_left_alone(make_run):
