@@ -8,7 +8,7 @@ import json
 
 import pytest
 
-from finetune_contract.run_config import DatasetConfig, JobIdentity, RunConfig, Source
+from finetune_contract.run_config import DatasetConfig, JobIdentity, QualityConfig, RunConfig, Source
 from finetune_contract.workspace import Workspace
 from finetune_trainer.storage import transfer
 from tests.support.model_bytes import build_model
@@ -56,6 +56,19 @@ def test_model_and_data_are_put_where_training_finds_them(run_command, settings,
         kept = workspace.reports / f"dataset-{details['dataset_digest']}.{kind}"
         assert kept.read_bytes() == (folder / f"report.{kind}").read_bytes()
     assert json.loads(workspace.lock_file.read_text()) == {"uid": "uid-1", "namespace": "team", "name": "story"}
+
+
+def test_rows_that_hold_text_of_the_job_s_tasks_are_left_out(run_command, settings, workspace):
+    (workspace.root / "haiku.txt").write_text(
+        "Rain on the tin roof washes the dust from the day and counts me to sleep"
+    )
+    quality = QualityConfig(contamination="remove-row", contamination_tasks=("haiku.txt",))
+    plain = run_command("prepare", settings=settings).details
+    dataset = dataclasses.replace(settings.dataset, quality=quality)
+    details = run_command("prepare", settings=dataclasses.replace(settings, dataset=dataset)).details
+    assert details["removed_per_category"]["contamination"] == 1
+    assert details["rows_kept"] == plain["rows_kept"] - 1
+    assert details["dataset_digest"] != plain["dataset_digest"]
 
 
 def test_a_restart_downloads_nothing_and_says_the_same(run_command, settings, hub):
