@@ -310,6 +310,7 @@ def _strike(life: Life, fault: Fault, volume: SmallVolume | None) -> Hit:
     elif struck == "supervisor":
         # What it leaves behind must end by itself: it would write into the workspace of the next pod.
         wait_until_gone([process.pid, *ranks, *helpers])
+        process.wait(HANG_SECONDS)
     elif struck != "all":
         _await_restart(life, struck, ranks)
     life.read_rest()
