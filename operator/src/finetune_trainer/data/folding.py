@@ -178,7 +178,8 @@ class FoldedText:
         """Return the positions from `first` to `last` at which a sentence begins, or the first few of them."""
         begin = max(first, self.body_start)
         starts = [self.body_start] if begin == self.body_start else []
-        for match in _SENTENCE_END.finditer(self.text, begin):
+        # No further than the place and what follows it, or a text without an end would be read again and again.
+        for match in _SENTENCE_END.finditer(self.text, begin, max(last, begin) + 2):
             start = _skip_markup(self.text, match.end())
             if start > last or start == len(self.text) or len(starts) == limit:
                 break

@@ -35,6 +35,8 @@ HEAD_CHARACTERS = 1024
 """What opens an answer stands within this many characters."""
 REACH = 400
 """A rule's anchor stands no further than this from where its pattern begins to match."""
+MAX_MATCHES = 200
+"""Places of one text at which one rule is considered."""
 _ACTIONS = FilterActions()
 
 
@@ -209,7 +211,9 @@ def find_matches(rule: Rule, folded: FoldedText, hits: Sequence[int]) -> Iterato
         # Tried at the beginnings of sentences only, a pattern is never searched for through a whole text.
         starts = _list_starts(rule.position, folded, hits)
         matches = (match for start in starts if (match := rule.pattern.match(folded.text, start)))
-    return (match.span() for match in matches if _counts(rule, folded, match.start()))
+    # Each is held against the whole text before it, so an endless text must not have endless many.
+    considered = itertools.islice(matches, MAX_MATCHES)
+    return (match.span() for match in considered if _counts(rule, folded, match.start()))
 
 
 def _search_around(pattern: re.Pattern[str], text: str, hits: Sequence[int]) -> Iterator[re.Match[str]]:
