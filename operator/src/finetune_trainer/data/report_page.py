@@ -217,5 +217,6 @@ def _build_settings(report: Mapping[str, Any]) -> str:
     text = json.dumps(report["settings"], indent=2, ensure_ascii=False, sort_keys=True)
     if len(text) > _LONGEST_SETTINGS:
         text = text[:_LONGEST_SETTINGS] + "\n… the rest is in report.json"
-    versions = " · ".join(f"{escape(name)} {escape(version)}" for name, version in report["versions"].items())
+    named = {**report["versions"], "data format": report["version"]}
+    versions = " · ".join(f"{escape(name)} {escape(version)}" for name, version in named.items())
     return _section("Settings and versions", f"<p>{versions}</p><pre>{escape(text)}</pre>")
