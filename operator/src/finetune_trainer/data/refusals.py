@@ -234,9 +234,10 @@ def _list_starts(position: str, folded: FoldedText, hits: Sequence[int]) -> Iter
     """Return where sentences begin that a rule of this position may match, with an anchor in reach of each."""
     if position == "sentence":
         return sorted({start for hit in hits for start in folded.sentence_starts_in(hit - REACH, hit)})
-    starts = set(folded.opening_starts if position in ("opening", "edges") else ())
-    starts.update(folded.closing_starts if position in ("closing", "edges") else ())
-    return sorted(start for start in starts if _is_near(start, hits))
+    starts = folded.opening_starts if position in ("opening", "edges") else []
+    if position in ("closing", "edges"):
+        starts = sorted({*starts, *folded.closing_starts})
+    return [start for start in starts if _is_near(start, hits)]
 
 
 def _is_near(start: int, hits: Sequence[int]) -> bool:

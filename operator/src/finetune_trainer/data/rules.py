@@ -8,18 +8,20 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import itertools
 import pathlib
 import re
 import tomllib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
 CATEGORIES = ("refusal", "disclaimer", "moralising", "identity", "knowledge-cutoff")
 POSITIONS = ("opening", "closing", "edges", "sentence", "anywhere")
 
 _FOLDER = pathlib.Path(__file__).with_name("rules")
+_CHOICE = re.compile(r"[{}]")
 _FRAGMENT = re.compile(r"\{([a-z_]+)\}")
 
 
@@ -125,11 +127,17 @@ def _validate(entry: Mapping[str, Any], place: str) -> None:
 
 
 def _list_anchors(entries: Sequence[str], lists: Mapping[str, Sequence[str]], place: str) -> tuple[str, ...]:
-    """Return the anchors with `@name` replaced by the file's list of that name."""
+    """Return the anchors, with `@name` replaced by the file's list of that name and `{a|b}` by each of the two."""
     names = {entry[1:] for entry in entries if entry.startswith("@")}
     if unknown := sorted(names - set(lists)):
         raise RuleError(f"{place}: no list of anchors is called {unknown[0]}")
-    return tuple(anchor for entry in entries for anchor in (lists[entry[1:]] if entry[0] == "@" else (entry,)))
+    written = [anchor for entry in entries for anchor in (lists[entry[1:]] if entry[0] == "@" else (entry,))]
+    return tuple(anchor for entry in written for anchor in _spell_out(entry))
+
+
+def _spell_out(anchor: str) -> Iterator[str]:
+    choices = [part.split("|") for part in _CHOICE.split(anchor)]
+    return map("".join, itertools.product(*choices))
 
 
 def _expand(text: str, fragments: Mapping[str, str], path: pathlib.Path) -> str:
