@@ -181,6 +181,24 @@ def test_a_parquet_row_beyond_the_limit_is_a_bad_row(tmp_path, monkeypatch):
     assert found[1] == BadRow(2, "longer than 100000 bytes")
 
 
+def test_parquet_whose_rows_are_all_too_long_is_refused_unread(tmp_path, monkeypatch):
+    monkeypatch.setattr(chunks, "MAX_ROW_BYTES", 100_000)
+    pq.write_table(pa.Table.from_pylist([{"a": "y" * 200_000}]), tmp_path / "data.parquet", use_dictionary=False)
+    with pytest.raises(UnreadableFileError, match="row group 0 are longer"):
+        list(list_rows(tmp_path / "data.parquet"))
+
+
+def test_a_long_value_that_a_dictionary_repeats_takes_no_more_memory_than_its_rows_may(tmp_path, monkeypatch):
+    monkeypatch.setattr(chunks, "MAX_ROW_BYTES", 100_000)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 20_000)
+    values = pa.DictionaryArray.from_arrays(pa.array([0, 1, 1, 1, 0] * 100, pa.int32()), pa.array(["x", "y" * 200_000]))
+    pq.write_table(pa.table({"a": values}), tmp_path / "data.parquet")
+    found = list(list_rows(tmp_path / "data.parquet"))
+    assert [row.line for row in found] == list(range(1, 501))
+    assert sum(isinstance(row, BadRow) for row in found) == 300
+    assert max(len(chunk.data) for chunk in ChunkReader(tmp_path / "data.parquet")) < 100_000
+
+
 @pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress], ids=["gz", "bz2", "xz"])
 def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch, pack):
     monkeypatch.setattr(compression, "BOMB_BYTES", 1 << 20)

@@ -24,7 +24,8 @@ MAX_ROW_BYTES = 8 << 20
 
 CHUNK_BYTES = 1 << 19
 _PARQUET_MAGIC = b"PAR1"
-_MAX_BATCH_ROWS = 1024
+_BATCH_ROWS = 64
+"""Rows of Parquet decoded at once: so many times the longest value is what memory has to hold."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,23 +76,40 @@ class ChunkReader:
         try:
             # Page after page: a row group can be as large as the file.
             file = pq.ParquetFile(self._path, buffer_size=CHUNK_BYTES, pre_buffer=False)
+            _refuse_huge_rows(self._path, file.metadata)
             total = max(file.metadata.num_rows, 1)
             line = 1
-            for batch in file.iter_batches(batch_size=_choose_batch_rows(file.metadata)):
-                for piece in _halve(batch):
-                    yield _pack_table(piece, line)
-                    line += piece.num_rows
-                    self._share = min(line / total, 1.0)
+            for pieces in _gather(file.iter_batches(batch_size=_BATCH_ROWS)):
+                yield _pack_table(pieces, line)
+                line += sum(piece.num_rows for piece in pieces)
+                self._share = min(line / total, 1.0)
         except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
             why = (str(error).splitlines() or [type(error).__name__])[0]
             raise UnreadableFileError(self._path, 0, f"not readable as Parquet: {why}") from error
 
 
-def _choose_batch_rows(metadata: Any) -> int:
-    """Return how many rows make about a chunk, by what the file says of their size."""
-    num_bytes = sum(metadata.row_group(index).total_byte_size for index in range(metadata.num_row_groups))
-    row_bytes = max(num_bytes // max(metadata.num_rows, 1), 1)
-    return int(min(max(CHUNK_BYTES // row_bytes, 1), _MAX_BATCH_ROWS))
+def _refuse_huge_rows(path: pathlib.Path, metadata: Any) -> None:
+    """Refuse what would have to be read whole only to be found too long."""
+    for index in range(metadata.num_row_groups):
+        group = metadata.row_group(index)
+        if group.total_byte_size > max(group.num_rows, 1) * MAX_ROW_BYTES:
+            raise UnreadableFileError(path, 0, f"rows of row group {index} are longer than {MAX_ROW_BYTES} bytes")
+
+
+def _gather(batches: Iterator[Any]) -> Iterator[list[Any]]:
+    """Yield batches and pieces of batches that together make about a chunk; an overlong row comes alone."""
+    gathered: list[Any] = []
+    for batch in batches:
+        for piece in _halve(batch):
+            if gathered and (_is_oversized(piece) or sum(one.nbytes for one in gathered) >= CHUNK_BYTES):
+                yield gathered
+                gathered = []
+            gathered.append(piece)
+            if _is_oversized(piece):
+                yield gathered
+                gathered = []
+    if gathered:
+        yield gathered
 
 
 def _halve(batch: Any) -> Iterator[Any]:
@@ -105,15 +123,20 @@ def _halve(batch: Any) -> Iterator[Any]:
     yield from _halve(batch.slice(middle))
 
 
-def _pack_table(batch: Any, line: int) -> Chunk:
+def _is_oversized(piece: Any) -> bool:
+    return bool(piece.num_rows == 1 and piece.nbytes > MAX_ROW_BYTES)
+
+
+def _pack_table(pieces: list[Any], line: int) -> Chunk:
     import pyarrow as pa
 
-    if batch.num_rows == 1 and batch.nbytes > MAX_ROW_BYTES:
+    if _is_oversized(pieces[0]):
         return Chunk("oversized", line, 1)
     sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, batch.schema) as writer:
-        writer.write_batch(batch)
-    return Chunk("table", line, batch.num_rows, sink.getvalue().to_pybytes())
+    with pa.ipc.new_stream(sink, pieces[0].schema) as writer:
+        for piece in pieces:
+            writer.write_batch(piece)
+    return Chunk("table", line, sum(piece.num_rows for piece in pieces), sink.getvalue().to_pybytes())
 
 
 def _list_text_chunks(path: pathlib.Path, stream: io.BufferedReader) -> Iterator[Chunk]:
