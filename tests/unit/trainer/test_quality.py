@@ -247,7 +247,16 @@ def test_the_language_of_prose_is_told(language, text):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "Oslo", "42", "```\n" + PROSE + "\n```", "SELECT a, b FROM c WHERE d = 1", "Ana, Li, Tom, Kim, Max, Zoe"],
+    [
+        "",
+        "Oslo",
+        "42",
+        "```\n" + PROSE + "\n```",
+        "SELECT a, b FROM c WHERE d = 1",
+        "Ana, Li, Tom, Kim, Max, Zoe",
+        "The boat is on the sea and it is not at the quay. Паром отходит в девять",
+        "para que no se o de a; para que no se o de a; que de o a",
+    ],
 )
 def test_what_is_no_prose_has_no_language(text):
     assert detect_language(text) == ""

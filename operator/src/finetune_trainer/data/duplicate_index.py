@@ -224,8 +224,7 @@ class DuplicateIndex:
 
     def _spread(self, table: int, slots: np.ndarray[Any, np.dtype[np.uint64]]) -> None:
         """Write whole runs of slots to where they belong in a table of twice the size."""
-        slots = slots[(slots & np.uint64(0xFFFFFFFF)) != 0]
-        slots = slots[(slots & np.uint64(0xFFFFFFFF)) <= np.uint64(self.num_rows)]
+        slots = slots[slots != 0]
         if not len(slots):
             return
         homes = (slots >> np.uint64(63 - self._bits)).astype(np.int64)
