@@ -100,7 +100,7 @@ def _gather(batches: Iterator[Any]) -> Iterator[list[Any]]:
     """Yield batches and pieces of batches that together make about a chunk; an overlong row comes alone."""
     gathered: list[Any] = []
     for batch in batches:
-        for piece in _halve(batch):
+        for piece in _halve(_decode_dictionaries(batch)):
             if gathered and (_is_oversized(piece) or sum(one.nbytes for one in gathered) >= CHUNK_BYTES):
                 yield gathered
                 gathered = []
@@ -110,6 +110,14 @@ def _gather(batches: Iterator[Any]) -> Iterator[list[Any]]:
                 gathered = []
     if gathered:
         yield gathered
+
+
+def _decode_dictionaries(batch: Any) -> Any:
+    """Return the batch with plain columns: with each piece its whole dictionary would travel."""
+    import pyarrow as pa
+
+    columns = [column.dictionary_decode() if pa.types.is_dictionary(column.type) else column for column in batch]
+    return pa.RecordBatch.from_arrays(columns, batch.schema.names)
 
 
 def _halve(batch: Any) -> Iterator[Any]:
