@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import pathlib
-import shutil
-import tempfile
 from collections.abc import Iterator
 from typing import Any
 
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 
 from finetune_trainer.checkpoints.layout import checkpoint_name
+from finetune_trainer.training.scratch import scratch_folder
 from finetune_trainer.training.snapshot import Image, draw_folder, draw_state
 
 
@@ -57,12 +56,11 @@ class Capture(CheckpointEngine):  # type: ignore[misc]
 @contextlib.contextmanager
 def capturing(engine: Any, step: int) -> Iterator[Capture]:
     """Have what is saved inside the block kept."""
-    root = pathlib.Path(tempfile.mkdtemp(prefix="finetune-save-"))
-    stock, capture = engine.checkpoint_engine, Capture(root / checkpoint_name(step))
-    capture.folder.mkdir()
-    engine.checkpoint_engine = capture
-    try:
-        yield capture
-    finally:
-        engine.checkpoint_engine = stock
-        shutil.rmtree(root, ignore_errors=True)
+    with scratch_folder() as root:
+        stock, capture = engine.checkpoint_engine, Capture(root / checkpoint_name(step))
+        capture.folder.mkdir()
+        engine.checkpoint_engine = capture
+        try:
+            yield capture
+        finally:
+            engine.checkpoint_engine = stock

@@ -12,11 +12,9 @@ import dataclasses
 import json
 import os
 import pathlib
-import shutil
 import signal
 import socket
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping
@@ -28,7 +26,7 @@ from finetune_contract.run_config import Topology
 from finetune_trainer.distributed import IN_POD_RESTARTS
 from finetune_trainer.errors import StopRequested, TrainerError, as_trainer_error
 from finetune_trainer.reporting import emit_warning
-from finetune_trainer.training import failures, stacks
+from finetune_trainer.training import failures, scratch, stacks
 from finetune_trainer.training.heartbeat import Heartbeats, Pulse, set_pulse
 from finetune_trainer.training.host_memory import HostMemory
 from finetune_trainer.training.watch import Watch
@@ -101,8 +99,8 @@ class _Launch:
         """Run the ranks to their end; return the error of the one that failed first, if any did."""
         memory = HostMemory()
         num_kills = memory.count_kills()
-        self._folder = pathlib.Path(tempfile.mkdtemp(prefix="finetune-ranks-"))
-        try:
+        scratch.remove_abandoned()
+        with scratch.scratch_folder() as self._folder:
             watch = self._fork_all({IN_POD_RESTARTS: str(num_restarts)})
             watch.run()
             self.is_stopping = watch.is_stopping
@@ -116,8 +114,6 @@ class _Launch:
                 for rank in watch.ranks
             ]
             self.results = _read_results(self._folder, self._first_rank)
-        finally:
-            shutil.rmtree(self._folder, ignore_errors=True)
         if self._hang is not None:
             return self._explain_hang(self._hang)
         first = failures.choose_first(self.ends)
