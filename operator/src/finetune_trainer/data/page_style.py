@@ -17,9 +17,9 @@ section{margin-top:30px;padding-top:20px;border-top:1px solid var(--line)}
 code,pre,.rule,.text{font-family:ui-monospace,"SF Mono",Menlo,Consolas,"DejaVu Sans Mono",monospace;font-size:13px}
 .note,.quiet,.place,.legend{color:var(--quiet)}
 .note{margin:0 0 12px}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(132px,1fr));gap:10px;margin-top:10px}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(146px,1fr));gap:10px;margin-top:10px}
 .tiles div{background:var(--panel);border:1px solid var(--line);border-radius:8px;padding:10px 12px}
-.tiles b{font-size:21px;font-variant-numeric:tabular-nums}
+.tiles b{font-size:19px;font-variant-numeric:tabular-nums}
 .tiles small{margin-left:7px;color:var(--quiet)}
 .tiles span{display:block;color:var(--quiet);font-size:13px}
 .legend{margin:6px 0 10px;font-size:13px}

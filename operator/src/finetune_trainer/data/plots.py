@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _WIDTH = 560
 _ROW = 24
 _LABEL = 214
-_NUMBER = 104
+_NUMBER = 132
 _CHARACTER = 7.5
 """Width of a usual character of the labels, in the plot's units."""
 _WIDE = frozenset('mwMWGOQ<>=+#@%&~"\u2026')

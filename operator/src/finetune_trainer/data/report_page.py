@@ -87,7 +87,7 @@ def _build_summary(report: Mapping[str, Any]) -> str:
 def _build_tile(label: str, number: int | None, total: int = 0) -> str:
     value = "not counted" if number is None else f"{number:,}"
     share = f"<small>{escape(format_share(number, total))}</small>" if number and total > number else ""
-    return f"<div><b>{value}</b>{share}<span>{escape(label)}</span></div>"
+    return f"<div><b>{value}</b><span>{escape(label)}{share}</span></div>"
 
 
 def _build_findings(report: Mapping[str, Any], word: str, title: str) -> str:
