@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 Advance = Callable[[int], None]
 """Told of bytes as they are dealt with."""
 
-_DATA_FILE = re.compile(r".*\.(?:json|jsonl|ndjson|parquet)(?:\.(?:gz|bz2|xz))?", re.IGNORECASE)
+_DATA_FILE = re.compile(r".*\.(?:json|jsonl|ndjson|parquet)(?:\.(?:gz|bz2|xz|zst|zstd))?", re.IGNORECASE)
 _NO_DATA = re.compile(r"(?:.*/)?(?:\..*|dataset_infos?\.json|dataset_dict\.json|state\.json|config\.json)")
 _TRAIN_SPLIT = re.compile(r"(?:.*[/_.-])?train(?:[/_.-].*)?", re.IGNORECASE)
 _SMALL_MODEL_FILES = re.compile(r"[^/]+\.(?:json|jinja|model|txt)")

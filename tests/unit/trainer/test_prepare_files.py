@@ -8,6 +8,7 @@ import pathlib
 import subprocess
 import sys
 
+import pyarrow as pa
 import pytest
 import tokenizers
 
@@ -148,8 +149,9 @@ def test_no_prompt_is_trained_on_and_held_out(run_command, tmp_path):
 def test_a_folder_of_files_is_one_source_and_only_its_train_split_is_read(run_command, tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()
-    for name, question in (("train-0.jsonl", "a"), ("train-1.jsonl", "b"), ("test.jsonl", "c")):
-        (folder / name).write_text(json.dumps({"instruction": question, "output": "x"}))
+    for name, question in (("train-0.jsonl", "a"), ("train-1.jsonl.zst", "b"), ("test.jsonl", "c")):
+        text = json.dumps({"instruction": question, "output": "x"}).encode()
+        (folder / name).write_bytes(pa.compress(text, "zstd", asbytes=True) if name.endswith("zst") else text)
     (folder / "README.md").write_text("about")
     run_command("prepare", "--source", str(folder), "--out", str(tmp_path / "out"))
     train = read_lines(tmp_path / "out" / "train.jsonl")

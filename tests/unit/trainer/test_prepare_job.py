@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import shutil
 
 import pytest
 
@@ -91,6 +92,21 @@ def test_an_interrupted_model_download_is_carried_on(run_command, settings, hub,
     assert run_command("prepare", settings=settings).code == 0
     assert hub.bytes_sent == len(weights) - 8000
     assert (workspace.base_model / "model.safetensors").read_bytes() == weights
+
+
+def test_an_interrupted_data_download_is_carried_on(run_command, settings, hub, workspace, monkeypatch):
+    rows = [{"instruction": f"Question {index}", "output": "Answer " * 20} for index in range(200)]
+    content = json.dumps(rows).encode()
+    hub.add("datasets", "acme/rows", {"rows.json": content})
+    undisturbed = run_command("prepare", settings=settings).details
+    shutil.rmtree(workspace.datasets)
+    monkeypatch.setattr(transfer.retry.DEFAULT, "patience_seconds", 0.0)
+    hub.cuts["rows.json"] = 8000
+    broken = run_command("prepare", settings=settings)
+    assert (broken.code, broken.report["reason"]) == (69, "SourceUnavailable")
+    hub.bytes_sent = 0
+    assert run_command("prepare", settings=settings).details == undisturbed
+    assert hub.bytes_sent == len(content) - 8000
 
 
 def test_another_model_replaces_the_one_that_is_there(run_command, settings, hub, workspace):
