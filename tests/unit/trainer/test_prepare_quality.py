@@ -33,7 +33,7 @@ def write_rows(path: pathlib.Path, rows: list[dict]) -> pathlib.Path:
 
 
 def prepare(rows: pathlib.Path, folder: pathlib.Path, quality: QualityConfig, num_workers: int) -> None:
-    config = DatasetConfig(sources=(Source("rows.jsonl"),), quality=quality)
+    config = DatasetConfig(sources=(Source("rows.jsonl"),), quality=quality, holdout_fraction=0.0)
     source = SourceRows("source", (SourceFile(rows, "rows.jsonl", "0" * 64),))
     Preparation(config, folder, TokenCounter(None, "alpaca")).run([source], num_workers=num_workers)
 
@@ -88,3 +88,16 @@ def test_the_first_of_many_duplicates_stays_for_any_number_of_workers(tmp_path, 
     for name in ("train.jsonl", "removed.jsonl"):
         assert (tmp_path / "0" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
     assert not [entry for entry in (tmp_path / "0").iterdir() if entry.is_dir()]
+
+
+def test_a_row_that_its_source_s_weight_leaves_out_makes_no_other_a_duplicate(tmp_path):
+    rows = [{"instruction": f"Name {number}.", "output": f"It is boat {number} of the fleet."} for number in range(40)]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    quality = QualityConfig(duplicates="remove-row")
+    config = DatasetConfig(sources=(Source("rows.jsonl"),), quality=quality, holdout_fraction=0.0)
+    files = (SourceFile(path, "rows.jsonl", "0" * 64),)
+    sources = [SourceRows("sources[0]", files, weight=0.5), SourceRows("sources[1]", files)]
+    Preparation(config, tmp_path / "out", TokenCounter(None, "alpaca")).run(sources, num_workers=0)
+    lines = read_lines(tmp_path / "out" / "train.jsonl")
+    assert sorted(line["index"] for line in lines) == list(range(40))
+    assert {line["source"] for line in lines} == {0, 1}

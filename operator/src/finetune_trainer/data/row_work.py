@@ -190,9 +190,14 @@ class RowWork:
                 question = select(row.verdict, config.judge, config.seed, source, row.index)
                 if question is not None:
                     draft.questions.judge[place] = question
-            if config.quality.duplicates and row.verdict.removal is None:
+            # A row that its source's weight leaves out is not there, so no other is its duplicate.
+            is_there = row.verdict.removal is None and self._select_copies(draft.task, row.index) > 0
+            if config.quality.duplicates and is_there:
                 mark = fingerprint(row.verdict.conversation, config.quality)
                 draft.questions.fingerprints[place] = source << _SOURCE_BITS | row.index, mark
+
+    def _select_copies(self, task: Task, index: int) -> int:
+        return select_copies(task.weight, self._config.seed, task.source, index)
 
     def finish(self, draft: Draft, answers: Answers | None) -> Done:
         """Count the rows of a chunk and render the lines of all that become of them."""
@@ -238,7 +243,7 @@ class RowWork:
                 source, index = divmod(row.duplicate_of, 1 << _SOURCE_BITS)
                 facts["duplicateOf"] = {"index": index, "source": source}
             return output.REMOVED, render_line(facts), 1
-        copies = select_copies(task.weight, self._config.seed, task.source, row.index)
+        copies = self._select_copies(task, row.index)
         if not copies:
             return output.TRAIN, b"", 0
         messages = row.verdict.conversation.to_messages()
