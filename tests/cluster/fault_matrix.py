@@ -218,8 +218,8 @@ class Run:
     def _judge(self, fault: Fault, before: dict[str, Any], after: dict[str, Any], cell: Cell) -> None:
         old, new = before["attempts"][-1]["number"], after["attempts"][-1]["number"]
         ended = next(each for each in after["attempts"] if each["number"] == old)
-        cell.reason = ended["reason"]
-        cell.resumed_from = after["attempts"][-1].get("resumedFromStep") if fault.reasons else None
+        cell.reason = "restarted in its pod" if fault.is_in_pod else ended["reason"]
+        cell.resumed_from = (after["attempts"][-1].get("resumedFromStep") or 0) if fault.reasons else None
         counted = after["restartsCountTowardsMax"] - before["restartsCountTowardsMax"]
         assert new - old == int(bool(fault.reasons)), f"attempt {old} is followed by {new}"
         assert not fault.reasons or cell.reason in fault.reasons, f"attempt {old} ended as {cell.reason}"
@@ -247,8 +247,8 @@ def _describe(cell: Cell | None) -> str:
         return f"FAILED: {cell.problem}"
     if cell.next_step_seconds is None:
         return "succeeded"
-    resumed = "" if cell.resumed_from is None and not cell.reason else f", from {cell.resumed_from or 0}"
-    return f"{cell.reason or 'went on'}{resumed}, {cell.next_step_seconds:.0f} s"
+    resumed = "" if cell.resumed_from is None else f" from {cell.resumed_from}"
+    return f"{cell.reason or 'nothing'}{resumed}, {cell.next_step_seconds:.0f} s"
 
 
 def run_matrix(world: World, faults: list[Fault]) -> int:
