@@ -192,6 +192,16 @@ def test_shards_of_other_settings_are_not_carried_on(tmp_path, sources):
         assert path.read_bytes() == (tmp_path / "fresh" / path.name).read_bytes()
 
 
+def test_a_restart_that_allows_fewer_bad_rows_says_which_is_too_many(tmp_path, sources):
+    with pytest.MonkeyPatch.context() as patch:
+        killer = Killer(patch)
+        prepare_into(tmp_path / "counted", sources)
+    run_and_die(tmp_path / "out", sources, killer.count // 2)
+    stricter = dataclasses.replace(CONFIG, max_bad_rows=0)
+    with pytest.raises(TrainerError, match=r"a\.jsonl, line 72: not JSON.*1 of the first 71, 0 allowed"):
+        Preparation(stricter, tmp_path / "out", TokenCounter(None, "alpaca")).run(sources, num_workers=0)
+
+
 @pytest.mark.parametrize("workers", [0, 3])
 def test_the_same_bad_row_is_one_too_many_for_any_number_of_workers(tmp_path, sources, workers):
     config = dataclasses.replace(CONFIG, max_bad_rows=1)

@@ -161,22 +161,13 @@ class Preparation:
         # A restart finds its place by chunks, so they have to be cut in the same places.
         shards = Shards(self._folder, f"{self._make_digest(sources)} {CHUNK_BYTES}")
         number = _choose_num_workers(sources) if num_workers is None else num_workers
-        # Forked before a file is opened: what is buffered for a file would be written by every process.
-        workers: Workers[Task, Done] = Workers(self._work, number)
-        with workers:
-            try:
-                if self._judge is not None:
-                    self._judge.load()
-                self._open_files(shards, dry)
-                for task, done in workers.map(self._list_tasks(sources), self._answer):
-                    self._merge(task, done, sources[task.source])
-                    if not dry and self._shard_bytes >= SHARD_BYTES:
-                        self._finish_shard(shards)
-            finally:
-                for file in self._files.values():
-                    file.close()
-                if self._duplicates is not None:
-                    self._duplicates.close()
+        try:
+            self._prepare_rows(sources, shards, dry, number)
+        finally:
+            for file in self._files.values():
+                file.close()
+            if self._duplicates is not None:
+                self._duplicates.close()
         self._advance(1.0, self._progress.tally.counts)
         if not dry:
             self._hold_out_one_prompt_if_needed()
@@ -189,6 +180,19 @@ class Preparation:
             output.write_manifest(self._folder, manifest)
         shards.drop()
         return manifest
+
+    def _prepare_rows(self, sources: Sequence[SourceRows], shards: Shards, dry: bool, num_workers: int) -> None:
+        """Write what becomes of all rows that no finished shard holds."""
+        workers: Workers[Task, Done] = Workers(self._work, num_workers)
+        # Forked before a file is opened: what is buffered for a file would be written by every process.
+        with workers:
+            if self._judge is not None:
+                self._judge.load()
+            self._open_files(shards, dry)
+            for task, done in workers.map(self._list_tasks(sources), self._answer):
+                self._merge(task, done, sources[task.source])
+                if not dry and self._shard_bytes >= SHARD_BYTES:
+                    self._finish_shard(shards)
 
     def _finish_shard(self, shards: Shards) -> None:
         # The index first: rows that it knows from after the last shard are known by their numbers when they come again.
@@ -222,7 +226,9 @@ class Preparation:
     def _open_files(self, shards: Shards, dry: bool) -> None:
         """Open the output files: those of an interrupted run where its last shard ends, or new ones."""
         found = None if dry else shards.restore(_NAMES)
-        if found is not None and self._open_duplicates():
+        # What was allowed then may be too much now; the rows are read again to say so.
+        is_allowed = found is not None and found[0].tally.counts.bad <= self._config.max_bad_rows
+        if found is not None and is_allowed and self._open_duplicates():
             self._progress, self._files = found
             emit("carrying on with the data", shards=self._progress.num_shards, rows=self._progress.tally.counts.read)
             return
@@ -305,9 +311,9 @@ class Preparation:
         if len(done.bad) > over:
             # Rows of earlier sources, and those of this one up to the row that is too many.
             read = sum(counts.read for index, counts in progress.tally.per_source.items() if index < task.source)
-            read += done.bad[max(over, 0)] + 1
+            read += done.bad[over] + 1
             first = progress.tally.bad_rows[0]
-            raise problems.too_many_bad_rows(source.field, first, bad_before + max(over, 0) + 1, read)
+            raise problems.too_many_bad_rows(source.field, first, bad_before + over + 1, read)
         for name, lines in done.lines.items():
             self._files[name].append(lines, done.num_lines[name])
         progress.lowest_share = min(progress.lowest_share, done.lowest_share)
