@@ -19,7 +19,6 @@ import orjson
 from finetune_contract.reports import ExitCode, Reason
 from finetune_trainer.data import output, problems
 from finetune_trainer.data.chunks import CHUNK_BYTES, ChunkReader
-from finetune_trainer.data.duplicate_index import DamagedIndexError, DuplicateIndex
 from finetune_trainer.data.formats import detect_format
 from finetune_trainer.data.report import Counts, Tally
 from finetune_trainer.data.row_work import Answers, Done, Position, Questions, RowWork, Task
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
     from finetune_contract.run_config import DatasetConfig, JudgeConfig
     from finetune_trainer.data.chunks import Chunk
     from finetune_trainer.data.decontamination import ContaminationIndex
+    from finetune_trainer.data.duplicate_index import DuplicateIndex
     from finetune_trainer.data.judge import Judge
     from finetune_trainer.data.tokens import TokenCounter
 
@@ -243,6 +243,8 @@ class Preparation:
         """Open the index of duplicates, if one is needed; False when it does not hold what was committed."""
         if not self._config.quality.duplicates:
             return True
+        from finetune_trainer.data.duplicate_index import DamagedIndexError, DuplicateIndex
+
         try:
             self._duplicates = DuplicateIndex(self._folder / DUPLICATES, self._config.quality)
         except DamagedIndexError:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, cast
 import orjson
 
 from finetune_trainer.data import output
-from finetune_trainer.data.duplicates import fingerprint
 from finetune_trainer.data.findings import Action, Finding, Verdict
 from finetune_trainer.data.formats import Conversation, RowError, parse_row
 from finetune_trainer.data.judge import make_finding, select
@@ -22,9 +21,9 @@ from finetune_trainer.data.rows import BadRow, parse_chunk
 from finetune_trainer.data.split import holdout_share, select_copies
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
-    from finetune_contract.run_config import DatasetConfig
+    from finetune_contract.run_config import DatasetConfig, QualityConfig
     from finetune_trainer.data.chunks import Chunk
     from finetune_trainer.data.decontamination import ContaminationIndex
     from finetune_trainer.data.duplicates import Fingerprint
@@ -147,6 +146,7 @@ class RowWork:
         self._checks = make_checks(config.quality)
         self._makes_checks = any(getattr(config.quality, name) for name in _CHECKS)
         self._contamination = contamination
+        self._fingerprint = _import_fingerprint() if config.quality.duplicates else None
         # The old scripts knew nothing of quality, and legacy mode is to give what they gave.
         self._finds_defects = config.filter.rules != "legacy"
 
@@ -192,8 +192,8 @@ class RowWork:
                     draft.questions.judge[place] = question
             # A row that its source's weight leaves out is not there, so no other is its duplicate.
             is_there = row.verdict.removal is None and self._select_copies(draft.task, row.index) > 0
-            if config.quality.duplicates and is_there:
-                mark = fingerprint(row.verdict.conversation, config.quality)
+            if self._fingerprint is not None and is_there:
+                mark = self._fingerprint(row.verdict.conversation, config.quality)
                 draft.questions.fingerprints[place] = source << _SOURCE_BITS | row.index, mark
 
     def _select_copies(self, task: Task, index: int) -> int:
@@ -256,9 +256,9 @@ class RowWork:
 
     def _count_tokens(self, rows: Sequence[_Judged], tally: Tally) -> list[int]:
         """Return the tokens of each row as it is kept; 0 where there is no tokenizer or the row is removed."""
-        before = self._tokens.measure([row.conversation.to_messages() for row in rows])
-        if not before:
+        if not self._tokens.is_usable:
             return [0] * len(rows)
+        before = self._tokens.measure([row.conversation.to_messages() for row in rows])
         edited = [row.verdict.conversation for row in rows if row.verdict.conversation is not row.conversation]
         after = iter(self._tokens.measure([conversation.to_messages() for conversation in edited]))
         totals = []
@@ -269,6 +269,13 @@ class RowWork:
                 tally.add_tokens("after", *kept)
             totals.append(sum(kept))
         return totals
+
+
+def _import_fingerprint() -> Callable[[Conversation, QualityConfig], Fingerprint]:
+    # Only when it is needed: NumPy takes half the time in which the program starts.
+    from finetune_trainer.data.duplicates import fingerprint
+
+    return fingerprint
 
 
 def _add_findings(verdict: Verdict, *found: Finding) -> Verdict:

@@ -27,7 +27,7 @@ __all__ = ["BadRow", "Row", "UnreadableFileError", "list_rows", "parse_chunk"]
 _NESTED_TOO_DEEPLY = "nested too deeply"
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(slots=True)
 class Row:
     """One parsed row."""
 
