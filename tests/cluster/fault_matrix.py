@@ -103,10 +103,10 @@ def _fill_disk(faults: Faults, pod: Pod) -> None:
 
 TRAINING_ONLY = (BEFORE_FIRST_SAVE, BETWEEN_SAVES, IN_SAVE)
 FAULTS = (
-    Fault("pod killed", _in_save(Faults.delete_pod), ("PodDeleted", "Interrupted", "Killed")),
+    Fault("pod killed", _in_save(Faults.delete_pod), ("PodDeleted", "Interrupted")),
     Fault("rank killed", _kill("rank"), counts=True, is_in_pod=True, phases=TRAINING_ONLY),
     Fault("container killed", _kill("container"), ("Killed",), counts=True),
-    Fault("node drained", _in_save(_drain), ("Interrupted", "Evicted")),
+    Fault("node drained", _in_save(_drain), ("Interrupted", "PodDeleted")),
     Fault("node lost", _in_save(Faults.lose_node), ("NodeLost",)),
     Fault("containerd restarted", _in_save(lambda faults, _: faults.restart("containerd"))),
     Fault("API server restarted", _in_save(lambda faults, _: faults.restart("apiserver"))),
