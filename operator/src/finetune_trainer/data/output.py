@@ -79,15 +79,19 @@ class LinesFile:
         self._size += len(lines)
         self.num_lines += num_lines
 
-    def sync(self) -> None:
-        """Make what was written durable."""
+    def flush(self) -> None:
+        """Hand what was written to the operating system."""
         self._file.flush()
+
+    def sync(self) -> None:
+        """Make what was flushed durable."""
         if self.kept:
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Make what was written durable, and write no more."""
         if not self._file.closed:
+            self.flush()
             self.sync()
             self._file.close()
 

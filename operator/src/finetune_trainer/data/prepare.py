@@ -164,6 +164,7 @@ class Preparation:
         try:
             self._prepare_rows(sources, shards, dry, number)
         finally:
+            shards.close()
             for file in self._files.values():
                 file.close()
             if self._duplicates is not None:
@@ -193,6 +194,7 @@ class Preparation:
                 self._merge(task, done, sources[task.source])
                 if not dry and self._shard_bytes >= SHARD_BYTES:
                     self._finish_shard(shards)
+            shards.wait()
 
     def _finish_shard(self, shards: Shards) -> None:
         # The index first: rows that it knows from after the last shard are known by their numbers when they come again.

@@ -7,6 +7,7 @@ off. A state that does not fit what is on the disk counts for nothing, and the w
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import json
 import shutil
@@ -49,7 +50,7 @@ class Progress:
         return {
             "tally": self.tally.to_state(),
             "position": dataclasses.asdict(self.position),
-            "formats": self.formats,
+            "formats": list(self.formats),
             "lowestShare": self.lowest_share,
             "tokens": self.num_tokens,
             "shards": self.num_shards,
@@ -74,6 +75,9 @@ class Shards:
     def __init__(self, folder: pathlib.Path, digest: str) -> None:
         self._folder = folder
         self._digest = digest
+        # The disk is waited for beside the work on the next shard.
+        self._disk = concurrent.futures.ThreadPoolExecutor(1, "shards")
+        self._last: concurrent.futures.Future[None] | None = None
 
     def restore(self, names: Sequence[str]) -> tuple[Progress, dict[str, output.LinesFile]] | None:
         """Return what the last finished shard says, with the files cut to it; None: there is nothing to carry on."""
@@ -96,12 +100,29 @@ class Shards:
         return progress, files
 
     def finish(self, progress: Progress, files: Mapping[str, output.LinesFile]) -> None:
-        """Make all that was written durable, and note how far it goes."""
+        """Begin to make all that was written durable and to note how far it goes; one shard after the other."""
+        self.wait()
         progress.num_shards += 1
         for file in files.values():
-            file.sync()
+            file.flush()
         entries = {name: file.to_entry() for name, file in files.items()}
-        write_json(self._folder / STATE, {"digest": self._digest, "files": entries, "progress": progress.to_state()})
+        state = {"digest": self._digest, "files": entries, "progress": progress.to_state()}
+        self._last = self._disk.submit(self._write, state, list(files.values()))
+
+    def _write(self, state: dict[str, Any], files: Sequence[output.LinesFile]) -> None:
+        for file in files:
+            file.sync()
+        write_json(self._folder / STATE, state)
+
+    def wait(self) -> None:
+        """Return when the last shard is on the disk. Raises OSError."""
+        if self._last is not None:
+            last, self._last = self._last, None
+            last.result()
+
+    def close(self) -> None:
+        """Let the disk's thread end; what it still does is done first."""
+        self._disk.shutdown()
 
     def drop(self) -> None:
         """Forget the shards, and what killed runs have left half-written: the data set is complete, or begun anew."""
