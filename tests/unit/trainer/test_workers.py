@@ -12,6 +12,7 @@ from collections.abc import Iterable
 
 import pytest
 
+from finetune_trainer.data import workers
 from finetune_trainer.data.workers import Workers
 from finetune_trainer.errors import TrainerError
 from tests.support.waiting import eventually
@@ -51,8 +52,8 @@ class Parent:
 
 def run(tasks: list[Task], number: int) -> list[tuple[int, int | None, int]]:
     parent = Parent()
-    with Workers(Handler(), number) as workers:
-        found = [result for task, result in workers.map(iter(tasks), parent.answer) if task.number >= 0]
+    with Workers(Handler(), number) as pool:
+        found = [result for task, result in pool.map(iter(tasks), parent.answer) if task.number >= 0]
     assert parent.asked == sorted(parent.asked)
     return found
 
@@ -77,8 +78,8 @@ def test_tasks_and_results_may_be_larger_than_a_pipe(tmp_path):
 
     texts = [bytes([index]) * 3_000_000 for index in range(8)]
     tasks = [Task(index, len(text), text) for index, text in enumerate(texts)]
-    with Workers(Echo(), 2) as workers:
-        assert [result for _, result in workers.map(tasks, lambda _: None)] == texts
+    with Workers(Echo(), 2) as pool:
+        assert [result for _, result in pool.map(tasks, lambda _: None)] == texts
 
 
 def note_numbers(found: list[int], results: Iterable[tuple[Task, object]]) -> None:
@@ -89,8 +90,8 @@ def note_numbers(found: list[int], results: Iterable[tuple[Task, object]]) -> No
 @pytest.mark.parametrize("number", [0, 2])
 def test_an_error_comes_after_the_results_before_it(number):
     found = []
-    with Workers(Handler(), number) as workers, pytest.raises(ValueError, match="77 is too much"):
-        note_numbers(found, workers.map((Task(index) for index in range(70, 90)), lambda _: 0))
+    with Workers(Handler(), number) as pool, pytest.raises(ValueError, match="77 is too much"):
+        note_numbers(found, pool.map((Task(index) for index in range(70, 90)), lambda _: 0))
     assert found == list(range(70, 77))
 
 
@@ -101,21 +102,22 @@ def test_an_error_of_the_input_comes_after_the_results_before_it(number):
         raise ValueError("no more")
 
     found = []
-    with Workers(Handler(), number) as workers, pytest.raises(ValueError, match="no more"):
-        note_numbers(found, workers.map(list_tasks(), lambda _: 0))
+    with Workers(Handler(), number) as pool, pytest.raises(ValueError, match="no more"):
+        note_numbers(found, pool.map(list_tasks(), lambda _: 0))
     assert found == list(range(7))
 
 
 def test_a_worker_that_is_killed_ends_the_run_with_what_to_do():
-    with Workers(Handler(), 2) as workers, pytest.raises(TrainerError, match="killed") as caught:
-        list(workers.map([Task(98), Task(99), Task(100)], lambda _: 0))
+    with Workers(Handler(), 2) as pool, pytest.raises(TrainerError, match="killed") as caught:
+        list(pool.map([Task(98), Task(99), Task(100)], lambda _: 0))
     assert "memory" in caught.value.hint
 
 
 def test_workers_end_with_a_parent_that_is_killed(tmp_path):
     program = (
         "import os, pathlib, signal, sys, time\n"
-        "from finetune_trainer.data.workers import Workers\n"
+        "from finetune_trainer.data import workers
+from finetune_trainer.data.workers import Workers\n"
         "class Handler:\n"
         "    def draft(self, task): return task, None\n"
         "workers = Workers(Handler(), 3)\n"
@@ -127,6 +129,14 @@ def test_workers_end_with_a_parent_that_is_killed(tmp_path):
     pids = (tmp_path / "pids").read_text().split()
     assert len(pids) == 3
     eventually(lambda: not any(is_running(pid) for pid in pids), within=10, every=0.02)
+
+
+@pytest.mark.parametrize(("quota", "cores"), [("max 100000", 64), ("250000 100000", 3), ("50000 100000", 1), ("", 64)])
+def test_a_pods_cpu_limit_counts_as_its_cores(tmp_path, monkeypatch, quota, cores):
+    (tmp_path / "cpu.max").write_text(quota)
+    monkeypatch.setattr(workers, "_CPU_QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+    assert workers.count_cores() == cores
 
 
 def is_running(pid: str) -> bool:

@@ -113,6 +113,8 @@ def _build_judge_settings(judge: JudgeConfig) -> dict[str, Any] | None:
 
 _FETCHING = ("source", "revision", "secret_prefix")
 _NAMES = (output.TRAIN, output.HOLDOUT, output.REMOVED, output.BAD)
+_MAX_WORKERS = 32
+"""More could not be kept busy by the one process that reads and writes."""
 _SMALL_BYTES = 4 << 20
 """So little input is done before other processes have started."""
 
@@ -381,4 +383,4 @@ def _choose_num_workers(sources: Sequence[SourceRows]) -> int:
     """Return how many processes to start: none for little input, or where one core is all there is."""
     num_bytes = sum(file.path.stat().st_size for source in sources for file in source.files)
     cores = count_cores()
-    return 0 if num_bytes < _SMALL_BYTES or cores == 1 else cores
+    return 0 if num_bytes < _SMALL_BYTES or cores == 1 else min(cores, _MAX_WORKERS)
