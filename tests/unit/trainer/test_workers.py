@@ -116,8 +116,7 @@ def test_a_worker_that_is_killed_ends_the_run_with_what_to_do():
 def test_workers_end_with_a_parent_that_is_killed(tmp_path):
     program = (
         "import os, pathlib, signal, sys, time\n"
-        "from finetune_trainer.data import workers
-from finetune_trainer.data.workers import Workers\n"
+        "from finetune_trainer.data.workers import Workers\n"
         "class Handler:\n"
         "    def draft(self, task): return task, None\n"
         "workers = Workers(Handler(), 3)\n"
