@@ -15,7 +15,7 @@ import pytest
 
 from finetune_contract.reports import ExitCode, Reason
 from finetune_trainer.__main__ import main
-from finetune_trainer.data.prompts import encode_example
+from finetune_trainer.data.prompts import encode_examples
 from tests.support.training_runs import SMALL, Run
 from tests.support.waiting import eventually
 
@@ -52,7 +52,7 @@ def _loss_by_hand(folder, path):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
     paid, answers = [], []
     for line in path.read_text().splitlines():
-        encoded = encode_example(json.loads(line)["messages"], "wizardlm", tokenizer)
+        (encoded,) = encode_examples(json.loads(line)["messages"], "wizardlm", tokenizer)
         with torch.inference_mode():
             odds = model(torch.tensor([encoded.input_ids])).logits[0].float().log_softmax(-1)
         for place in range(1, len(encoded.input_ids)):
@@ -70,6 +70,9 @@ def test_held_out_loss_is_that_of_every_answer_token_and_below_the_base_s(run, f
 
     details = run.report("evaluate")["details"]
     scores = details["scores"]["holdout"]
+    written = json.loads((run.workspace.reports / "scores.json").read_text())
+    assert 0 < written["errors"]["holdout"]["loss"] < scores["loss"]
+    assert "| holdout | loss |" in (run.workspace.reports / "scores.md").read_text()
     loss, entropy = _loss_by_hand(folder, data / "holdout.jsonl")
     base_loss, _ = _loss_by_hand(run.model, data / "holdout.jsonl")
     # Padding changes the order of additions in 16 bits.
@@ -97,6 +100,7 @@ def test_a_local_task_is_scored_for_the_model_and_its_base(run):
     assert run.call("evaluate", "--task", "tasks/opens.yaml", "evaluation.holdout=false", "--limit", "2") == 0
     details = run.report("evaluate")["details"]
     assert details["scores"] == {"opens": {"acc": 1.0}}
+    assert json.loads((run.workspace.reports / "scores.json").read_text())["errors"]["opens"]["acc"] == 0
     assert set(details["baseline"]) == {"opens"}
 
 

@@ -14,7 +14,7 @@ from finetune_trainer.data.prompts import (
     STYLES,
     build_chat_template,
     build_segments,
-    encode_example,
+    encode_examples,
     encode_prompt,
 )
 from finetune_trainer.errors import TrainerError
@@ -35,8 +35,8 @@ TEMPLATES = [*STYLES, CUSTOM, "Q: {instruction}\nA:"]
 class CharacterTokenizer:
     """A tokenizer of characters, which renders chat templates as transformers does."""
 
-    bos_token_id = 1
-    eos_token_id = 2
+    bos_token, bos_token_id = "\x01", 1
+    eos_token, eos_token_id = "\x02", 2
     chat_template: str | None = None
 
     def __init__(self, chat_template: str | None = None, *, adds_bos: bool = True) -> None:
@@ -44,15 +44,15 @@ class CharacterTokenizer:
         self._adds_bos = adds_bos
 
     def __call__(self, text: str, *, add_special_tokens: bool) -> dict[str, list[int]]:
-        ids = [ord(character) + 10 for character in text]
+        ids = [ord(character) if ord(character) < 3 else ord(character) + 10 for character in text]
         return {"input_ids": [1, *ids] if add_special_tokens and self._adds_bos else ids}
 
-    def apply_chat_template(self, conversation, *, add_generation_prompt, **options):
+    def apply_chat_template(self, conversation, *, add_generation_prompt, tokenize=True):
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         text = environment.from_string(self.chat_template).render(
             messages=conversation, bos_token="\x01", eos_token="\x02", add_generation_prompt=add_generation_prompt
         )
-        return [ord(character) if ord(character) < 3 else ord(character) + 10 for character in text]
+        return self(text, add_special_tokens=False)["input_ids"] if tokenize else text
 
 
 def text_of(messages, template):
@@ -98,7 +98,7 @@ def test_answers_and_only_answers_are_learned():
 
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_the_loss_covers_each_answer_and_its_end(template):
-    encoded = encode_example(CHAT, template, CharacterTokenizer())
+    (encoded,) = encode_examples(CHAT, template, CharacterTokenizer())
     learned = [token for token, is_answer in zip(encoded.input_ids, encoded.answer_mask, strict=True) if is_answer]
     text = "".join(chr(token - 10) if token > 2 else "\x02" for token in learned)
     prefix = " " if template == "vicuna" else ""
@@ -137,9 +137,41 @@ def test_the_tokenizers_own_template_is_kept_and_masks_answers():
     )
     tokenizer = CharacterTokenizer(own)
     assert build_chat_template("tokenizer", adds_bos=True) is None
-    encoded = encode_example(CHAT[1:], "tokenizer", tokenizer)
+    (encoded,) = encode_examples(CHAT[1:], "tokenizer", tokenizer)
     learned = [token for token, is_answer in zip(encoded.input_ids, encoded.answer_mask, strict=True) if is_answer]
     assert "".join(chr(token - 10) if token > 2 else "\x02" for token in learned) == "Hello\x02Apple\x02"
+
+
+def test_answers_that_a_template_rewrites_later_are_learned_one_by_one_as_a_server_asks_for_them():
+    # Like templates that leave the thinking out of all answers but the last.
+    own = (
+        "{% for m in messages %}[{{ m.role }}]{% if m.role == 'assistant' and loop.last %}<think>{% endif %}"
+        "{{ m.content }}\x02{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    tokenizer = CharacterTokenizer(own)
+
+    first, second = encode_examples(CHAT[1:], "tokenizer", tokenizer)
+
+    for example, index, answer in ((first, 2, "<think>Hello\x02"), (second, 4, "<think>Apple\x02")):
+        prompt = tokenizer.apply_chat_template(CHAT[1:index], add_generation_prompt=True)
+        assert example.input_ids == prompt + tokenizer(answer, add_special_tokens=False)["input_ids"]
+        assert example.answer_mask == [False] * len(prompt) + [True] * len(answer)
+
+
+def test_a_template_that_asks_otherwise_than_it_answers_is_refused():
+    own = "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}Think: {% endif %}"
+
+    with pytest.raises(TrainerError, match="writes other text before an answer") as caught:
+        encode_examples(CHAT, "tokenizer", CharacterTokenizer(own))
+    assert "spec.dataset.promptTemplate" in caught.value.hint
+
+
+def test_an_end_token_that_the_tokenizer_does_not_know_is_refused():
+    class Broken(CharacterTokenizer):
+        eos_token = "<end>"
+
+    with pytest.raises(TrainerError, match="does not read its own end-of-sequence token '<end>'"):
+        encode_examples(CHAT, "wizardlm", Broken())
 
 
 def test_the_tokenizers_template_joins_an_input():

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from finetune_trainer.training.packing import pack_lengths
+from finetune_trainer.training.packing import choose_batch, pack_lengths
 
 ROLEPLAY = pathlib.Path(__file__).resolve().parents[4] / "shared" / "data" / "gpteacher-roleplay" / "roleplay.json"
 MODULES = (builtins, inspect, json, math, pathlib, random, st, pytest)
@@ -66,3 +66,25 @@ def test_every_example_has_one_place_and_no_row_is_too_long(lengths):
     assert packs == pack_lengths(list(lengths), 50)
     # Whatever is left at the end would have fitted the emptiest row.
     assert sum(sum(lengths[index] for index in pack) <= 25 for pack in packs) <= 1
+
+
+@pytest.mark.parametrize("batch", [1, 4, 8])
+@pytest.mark.parametrize("max_length", [512, 2048, 8192])
+def test_automatic_accumulation_keeps_the_recipe_s_examples_per_step(batch, max_length):
+    for lengths in (draw_lengths(5000), read_documentation()):
+        num_rows = len(pack_lengths([min(length, max_length) for length in lengths], max_length))
+        examples_per_row = len(lengths) / num_rows
+
+        rows, passes = choose_batch(batch, 0, examples_per_row)
+
+        # As near as whole rows allow: half a row off at most, and half a row a pass where the passes are to be equal.
+        assert 1 <= rows <= batch
+        assert abs(rows * passes - 4 * batch / examples_per_row) <= max(1.0, 0.5 + passes / 2)
+
+
+def test_a_step_has_the_passes_that_are_written_and_four_where_each_row_is_an_example():
+    assert choose_batch(8, 6, 9.0) == (8, 6)
+    assert choose_batch(8, 0, 1.0) == (8, 4)
+    # Four examples a row: one pass is a step. Ten: a pass of all rows would be two and a half.
+    assert choose_batch(8, 0, 4.0) == (8, 1)
+    assert choose_batch(8, 0, 10.0) == (3, 1)

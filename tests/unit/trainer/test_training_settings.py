@@ -11,7 +11,6 @@ from finetune_trainer.commands import plain
 from finetune_trainer.errors import TrainerError
 from finetune_trainer.training.deepspeed_config import build_deepspeed_config
 from finetune_trainer.training.inputs import check_settings
-from finetune_trainer.training.packing import choose_accumulation
 from finetune_trainer.training.schedule import count_steps
 
 RUN = RunConfig(model=Source("hf://org/model"), dataset=DatasetConfig(sources=()))
@@ -65,14 +64,6 @@ def test_what_the_user_writes_wins_key_by_key():
 )
 def test_steps_are_counted_as_the_trainer_counts_them(rows, ranks, training, steps):
     assert count_steps(rows, ranks, training) == steps
-
-
-def test_automatic_accumulation_keeps_the_recipe_s_examples_per_step():
-    # 4 ranks of 8 rows with 4 examples in each pack: one micro step already holds the recipe's 128 examples.
-    assert choose_accumulation(0, 32, 4.0, 128) == 1
-    assert choose_accumulation(0, 32, 1.0, 128) == 4
-    assert choose_accumulation(0, 32, 9.0, 128) == 1
-    assert choose_accumulation(6, 32, 9.0, 128) == 6
 
 
 def test_fp16_without_gpus_is_refused_with_what_to_type():

@@ -15,8 +15,8 @@ from finetune_trainer.training.tokens import IGNORED, TokenizedRows
 class Characters:
     """A tokenizer with one token per character; 1 begins and 2 ends a text."""
 
-    bos_token_id = 1
-    eos_token_id = 2
+    bos_token, bos_token_id = "\x01", 1
+    eos_token, eos_token_id = "\x02", 2
     chat_template = None
 
     def __init__(self):
@@ -71,6 +71,52 @@ def test_a_long_answer_is_cut_and_counted():
 
     assert (len(result.rows[0].input_ids), result.num_truncated, result.num_dropped) == (100, 1, 0)
     assert set(_learned(result.rows[0])) == {"a"}
+
+
+def test_a_long_conversation_loses_its_end_and_no_answer_the_context_before_it():
+    chat = [{"role": "system", "content": "Be brief."}, *_row("A?", "aa"), *_row("B?", "bbbbbb"), *_row("C?", "cc")]
+    (whole,) = _tokenize([chat]).rows
+    ends = [place + 1 for place, token in enumerate(whole.input_ids) if token == 2]
+
+    for max_length in range(ends[0], len(whole.input_ids)):
+        (row,) = _tokenize([chat], max_length).rows
+
+        # A beginning of the whole, up to the last token that is learned within the length.
+        assert row.input_ids == whole.input_ids[: len(row.input_ids)]
+        assert row.labels == whole.labels[: len(row.input_ids)]
+        assert row.labels[-1] != IGNORED
+        assert set(whole.labels[len(row.labels) : max_length]) <= {IGNORED}
+    assert _tokenize([chat], ends[2]).num_truncated == 0
+    assert _tokenize([chat], ends[2] - 1).num_truncated == 1
+
+
+def test_a_question_without_an_answer_at_the_end_takes_no_room():
+    (row,) = _tokenize([_row("A?", "aa") + _row("B?", "")[:1]]).rows
+
+    assert _learned(row) == "aa$"
+    assert row.input_ids[-1] == 2
+
+
+def test_an_empty_answer_teaches_its_end():
+    (row,) = _tokenize([_row("A?", "")]).rows
+
+    assert _learned(row) == "$"
+
+
+turns_strategy = st.lists(st.tuples(st.text("ab", max_size=30), st.text("cd", max_size=30)), max_size=3)
+
+
+@given(st.lists(turns_strategy, max_size=5), st.integers(1, 60), st.sampled_from(["wizardlm", "{instruction}"]))
+def test_no_row_is_without_a_learned_token_and_none_is_lost_uncounted(chats, max_length, template):
+    result = _tokenize(
+        [[message for turn in turns for message in _row(*turn)] for turns in chats], max_length, template
+    )
+
+    assert len(result.rows) + result.num_dropped == len(chats)
+    for row in result.rows:
+        assert any(label != IGNORED for label in row.labels[1:])
+        assert row.labels[0] == IGNORED
+        assert len(row.input_ids) == len(row.labels) <= max_length
 
 
 def test_the_tokenizer_is_called_per_chunk_not_per_row():
@@ -159,9 +205,9 @@ def test_a_row_that_cannot_be_rendered_is_named(template):
         def apply_chat_template(self, messages, **_options):
             if messages[0]["role"] != "user":
                 raise ValueError("roles must alternate")
-            return [3, 4]
+            return "A?aa"[: 2 * len(messages)]
 
-    rows = [_row("A?", "aa"), [{"role": "nobody"}]]
+    rows = [_row("A?", "aa"), [{"role": "nobody"}, _row("A?", "aa")[1]]]
     with pytest.raises(TrainerError, match="line 2 of the prepared rows cannot be rendered") as caught:
         tokens.tokenize(rows, template, Strict(), 100)
     assert caught.value.exit_code == ExitCode.DATA

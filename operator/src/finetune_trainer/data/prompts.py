@@ -8,9 +8,10 @@ is any object with the few methods named in `Tokenizer`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from finetune_contract.reports import ExitCode, Reason
@@ -26,15 +27,20 @@ TOKENIZER_TEMPLATE = "tokenizer"
 class Tokenizer(Protocol):
     """What is used of a Hugging Face tokenizer."""
 
+    bos_token: str | None
     bos_token_id: int | None
+    eos_token: str
     eos_token_id: int | None
     chat_template: Any
+
+    def __hash__(self) -> int:
+        """Return the same number as long as it lives."""
 
     def __call__(self, text: str, *, add_special_tokens: bool) -> Mapping[str, Any]:
         """Return a mapping with `input_ids`."""
 
-    def apply_chat_template(self, conversation: Any, *, add_generation_prompt: bool, **options: Any) -> Any:
-        """Return the tokens of a conversation."""
+    def apply_chat_template(self, conversation: Any, *, add_generation_prompt: bool, tokenize: bool) -> Any:
+        """Return the text of a conversation, for `tokenize=False`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,26 +161,68 @@ class Encoded:
     """True for every token on which the loss is taken."""
 
 
-def encode_example(messages: Sequence[Message], template: str, tokenizer: Tokenizer) -> Encoded:
-    """Return the tokens of a whole conversation, with the answers marked."""
+Stretch = tuple[str, str]
+"""A prompt and the answer to it, as they are written with all markup and special tokens; no answer at a row's end."""
+
+
+def render_examples(messages: Sequence[Message], template: str, tokenizer: Tokenizer) -> list[list[Stretch]]:
+    """Render a conversation for training: one example that learns every answer.
+
+    Several, with an answer each, where the tokenizer's template writes an answer differently once more follows: then
+    each answer is learned after exactly the prompt that a server would give it.
+    """
     if template == TOKENIZER_TEMPLATE:
-        return _encode_with_chat_template(messages, tokenizer)
-    ids = begin_ids(tokenizer)
-    mask = [False] * len(ids)
+        return _render_chat(messages, tokenizer)
+    stretches: list[Stretch] = []
+    prompt = _begin_text(tokenizer)
     for segment in build_segments(messages, template):
-        tokens = list(tokenizer(segment.text, add_special_tokens=False)["input_ids"])
-        if segment.is_answer and tokenizer.eos_token_id is not None:
-            tokens.append(tokenizer.eos_token_id)
-        ids += tokens
-        mask += [segment.is_answer] * len(tokens)
+        if segment.is_answer:
+            stretches.append((prompt, segment.text + tokenizer.eos_token))
+            prompt = ""
+        else:
+            prompt += segment.text
+    return [[*stretches, (prompt, "")] if prompt else stretches]
+
+
+def list_texts(stretches: Sequence[Stretch], tokenizer: Tokenizer) -> Iterator[str]:
+    """Yield the texts that `encode_stretches` looks at, so that they can be encoded in batches."""
+    for number, (prompt, answer) in enumerate(stretches):
+        before = tokenizer.eos_token if number else ""
+        yield before + prompt
+        yield before + prompt + answer
+
+
+def encode_stretches(stretches: Sequence[Stretch], tokenizer: Tokenizer) -> Encoded:
+    """Return the tokens of an example, with the answers marked.
+
+    A prompt's tokens are those that a server makes of it: it is encoded without its answer, and after the end of the
+    answer before it, since some tokenizers write the first word after a special token differently from the first of a
+    text. An answer is encoded behind its prompt, or by itself where its first characters would join the prompt's last.
+    """
+    ids: list[int] = []
+    mask: list[bool] = []
+    for number, (prompt, answer) in enumerate(stretches):
+        asked, both = (_encode(text, tokenizer, is_first=number == 0) for text in (prompt, prompt + answer))
+        is_joined = both[: len(asked)] != asked
+        learned = _encode(answer, tokenizer, is_first=False) if is_joined else both[len(asked) :]
+        ids += asked + learned
+        mask += [False] * len(asked) + [True] * len(learned)
     return Encoded(ids, mask)
+
+
+def encode_examples(messages: Sequence[Message], template: str, tokenizer: Tokenizer) -> list[Encoded]:
+    """Return the tokens of a conversation for training; almost always one example."""
+    return [encode_stretches(example, tokenizer) for example in render_examples(messages, template, tokenizer)]
 
 
 def encode_prompt(messages: Sequence[Message], template: str, tokenizer: Tokenizer) -> list[int]:
     """Return the tokens after which the model is to answer; the last message is a user's."""
     if template == TOKENIZER_TEMPLATE:
-        return _chat_ids(messages, tokenizer, add_generation_prompt=True)
-    return encode_example(messages, template, tokenizer).input_ids
+        text = _chat_text(messages, tokenizer, add_generation_prompt=True)
+    else:
+        (stretches,) = render_examples(messages, template, tokenizer)
+        text = "".join(prompt + answer for prompt, answer in stretches)
+    return _encode(text, tokenizer, is_first=True)
 
 
 def begin_ids(tokenizer: Tokenizer) -> list[int]:
@@ -184,18 +232,55 @@ def begin_ids(tokenizer: Tokenizer) -> list[int]:
     return [bos] if bos is not None and added[:1] == [bos] else []
 
 
-def _encode_with_chat_template(messages: Sequence[Message], tokenizer: Tokenizer) -> Encoded:
-    ids = _chat_ids(messages, tokenizer, add_generation_prompt=False)
-    mask = [False] * len(ids)
+@functools.lru_cache(maxsize=1)
+def _begin_text(tokenizer: Tokenizer) -> str:
+    # Remembered: asked for every row of a data set.
+    return tokenizer.bos_token or "" if begin_ids(tokenizer) else ""
+
+
+def _encode(text: str, tokenizer: Tokenizer, is_first: bool) -> list[int]:
+    """Return the tokens of a text at the beginning, or after the end of an answer."""
+    before = "" if is_first else tokenizer.eos_token
+    ids = list(tokenizer(before + text, add_special_tokens=False)["input_ids"])
+    if is_first:
+        return ids
+    if ids[:1] != [tokenizer.eos_token_id]:
+        raise TrainerError(
+            Reason.MODEL_INVALID,
+            ExitCode.NO_INPUT,
+            f"the model's tokenizer does not read its own end-of-sequence token {tokenizer.eos_token!r} in a text",
+            "Check eos_token in the model's tokenizer_config.json: it must be one of the special tokens.",
+        )
+    return ids[1:]
+
+
+def _render_chat(messages: Sequence[Message], tokenizer: Tokenizer) -> list[list[Stretch]]:
+    turns: list[Stretch] = []
     for index, message in enumerate(messages):
         if message["role"] == "assistant":
-            start = len(_chat_ids(messages[:index], tokenizer, add_generation_prompt=True))
-            end = len(_chat_ids(messages[: index + 1], tokenizer, add_generation_prompt=False))
-            mask[start:end] = [True] * (min(end, len(ids)) - start)
-    return Encoded(ids, mask)
+            prompt = _chat_text(messages[:index], tokenizer, add_generation_prompt=True)
+            end = _chat_text(messages[: index + 1], tokenizer, add_generation_prompt=False)
+            if not end.startswith(prompt):
+                raise TrainerError(
+                    Reason.INVALID_CONFIG,
+                    ExitCode.CONFIG,
+                    "spec.dataset.promptTemplate is tokenizer, but the tokenizer's chat template writes other text "
+                    "before an answer than it asks for one with",
+                    f"Set spec.dataset.promptTemplate to one of {', '.join(STYLES)}.",
+                )
+            # A template may write a line break after the end of an answer: no model gets to say that.
+            answer, end_token, _ = end[len(prompt) :].rpartition(tokenizer.eos_token)
+            turns.append((prompt, answer + end_token if end_token else end[len(prompt) :]))
+    stretches, done = [], ""
+    for prompt, answer in turns:
+        if not prompt.startswith(done):
+            return [[turn] for turn in turns]
+        stretches.append((prompt[len(done) :], answer))
+        done = prompt + answer
+    return [stretches]
 
 
-def _chat_ids(messages: Sequence[Message], tokenizer: Tokenizer, add_generation_prompt: bool) -> list[int]:
+def _chat_text(messages: Sequence[Message], tokenizer: Tokenizer, add_generation_prompt: bool) -> str:
     if not tokenizer.chat_template:
         raise TrainerError(
             Reason.INVALID_CONFIG,
@@ -204,11 +289,7 @@ def _chat_ids(messages: Sequence[Message], tokenizer: Tokenizer, add_generation_
             f"Set spec.dataset.promptTemplate to one of {', '.join(STYLES)}.",
         )
     plain = [{"role": message["role"], "content": join_input(message)} for message in messages]
-    return list(
-        tokenizer.apply_chat_template(
-            plain, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=False
-        )
-    )
+    return str(tokenizer.apply_chat_template(plain, add_generation_prompt=add_generation_prompt, tokenize=False))
 
 
 def join_input(message: Message) -> str:

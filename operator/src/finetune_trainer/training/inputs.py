@@ -17,9 +17,6 @@ from finetune_trainer.errors import TrainerError
 from finetune_trainer.reporting import emit, emit_warning
 from finetune_trainer.training import modeling, packing, probe, tokens
 
-RECIPE_ACCUMULATION = 4
-"""Accumulation of the recipe of origin; what `0` (automatic) keeps the examples per step of."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
@@ -83,16 +80,17 @@ def read_inputs(run: RunConfig) -> Inputs:
     num_examples = len(train.rows)
     if is_packed:
         train = tokens.pack(train, max_length)
-    ranks = run.topology.nodes * run.topology.processes_per_node
-    batch = run.training.per_device_batch_size * ranks
-    accumulation = packing.choose_accumulation(
+    batch, accumulation = packing.choose_batch(
+        run.training.per_device_batch_size,
         run.training.gradient_accumulation_steps,
-        batch,
         num_examples / len(train.rows),
-        batch * RECIPE_ACCUMULATION,
     )
     training = dataclasses.replace(
-        run.training, max_length=max_length, packing=is_packed, gradient_accumulation_steps=accumulation
+        run.training,
+        max_length=max_length,
+        packing=is_packed,
+        per_device_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
     )
     run = dataclasses.replace(run, training=training)
     holdout = tokens.TokenizedRows([])

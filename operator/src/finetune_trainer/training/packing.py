@@ -88,8 +88,18 @@ def _fit_best(lengths: Sequence[int], max_length: int) -> list[list[int]]:
     return packs
 
 
-def choose_accumulation(wanted: int, rows_per_micro_step: int, examples_per_row: float, recipe_rows: int) -> int:
-    """Return the accumulation steps: `wanted`, or for 0 what keeps the recipe's real examples per optimizer step."""
-    if wanted > 0:
-        return wanted
-    return max(1, round(recipe_rows / (rows_per_micro_step * max(examples_per_row, 1.0))))
+RECIPE_ACCUMULATION = 4
+"""Accumulation of the recipe of origin; what `0` (automatic) keeps the examples per step of."""
+
+
+def choose_batch(batch: int, accumulation: int, examples_per_row: float) -> tuple[int, int]:
+    """Return the rows per pass and the passes per step of a rank: as written, or for an accumulation of 0 those that
+    keep the recipe's examples per step.
+
+    Where rows hold so many examples that one pass would be more than a step, a pass takes fewer rows than `batch`.
+    """
+    if accumulation > 0:
+        return batch, accumulation
+    rows = max(1, round(batch * RECIPE_ACCUMULATION / examples_per_row))
+    passes = -(-rows // batch)
+    return round(rows / passes), passes

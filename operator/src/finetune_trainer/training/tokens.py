@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from finetune_contract.reports import ExitCode, Reason
-from finetune_trainer.data.prompts import TOKENIZER_TEMPLATE, Message, build_segments, encode_example
+from finetune_trainer.data.prompts import Message, Stretch, encode_stretches, list_texts, render_examples
 from finetune_trainer.errors import TrainerError, first_line
 from finetune_trainer.training import packing
 
@@ -42,9 +42,9 @@ class TokenizedRows:
 
     rows: list[TokenRow]
     num_truncated: int = 0
-    """Rows whose end was cut off at the maximum length."""
+    """Examples that lost learned tokens at the maximum length."""
     num_dropped: int = 0
-    """Rows whose prompt left no room for a single answer token."""
+    """Examples without a single answer token: the prompt leaves no room for one, or there is no answer."""
 
     @property
     def num_tokens(self) -> int:
@@ -62,23 +62,16 @@ class _BatchTokenizer:
 
     def __init__(self, tokenizer: Any, texts: Iterable[str]) -> None:
         self._tokenizer = tokenizer
-        self.bos_token_id = tokenizer.bos_token_id
-        self.eos_token_id = tokenizer.eos_token_id
-        self.chat_template = tokenizer.chat_template
+        self.eos_token, self.eos_token_id = tokenizer.eos_token, tokenizer.eos_token_id
         wanted = sorted(set(texts))
         encoded = tokenizer(wanted, add_special_tokens=False)["input_ids"] if wanted else []
         self._known = dict(zip(wanted, encoded, strict=True))
-        self._empty = tokenizer("", add_special_tokens=True)
 
     def __call__(self, text: str, *, add_special_tokens: bool) -> Mapping[str, Any]:
-        if add_special_tokens:
-            known: Mapping[str, Any] = self._tokenizer(text, add_special_tokens=True) if text else self._empty
-            return known
-        return {"input_ids": self._known[text]}
-
-    def apply_chat_template(self, conversation: Any, *, add_generation_prompt: bool, **options: Any) -> Any:
-        """Hand over to the tokenizer's own chat template."""
-        return self._tokenizer.apply_chat_template(conversation, add_generation_prompt=add_generation_prompt, **options)
+        if text in self._known:
+            return {"input_ids": self._known[text]}
+        # An answer that would join its prompt, which is known only now.
+        return {"input_ids": self._tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]}
 
 
 def read_conversations(path: pathlib.Path) -> Iterator[Sequence[Message]]:
@@ -105,25 +98,35 @@ def read_conversations(path: pathlib.Path) -> Iterator[Sequence[Message]]:
 def tokenize(
     conversations: Iterable[Sequence[Message]], template: str, tokenizer: Any, max_length: int
 ) -> TokenizedRows:
-    """Render and tokenize conversations; the loss is taken on answers only. Raises TrainerError that names the row."""
+    """Render and tokenize conversations; the loss is taken on answers only. Raises TrainerError that names the row.
+
+    A conversation that is too long loses its end: every answer keeps all that came before it, and one that is cut in
+    its middle still teaches each of its tokens, without an end that is none. What comes after the last learned token
+    has no effect on any loss and is left out.
+    """
     rows: list[TokenRow] = []
     num_truncated = num_dropped = num_read = 0
     for chunk in _chunks(conversations):
-        batch = _BatchTokenizer(tokenizer, _list_texts(chunk, template, num_read))
-        for messages in chunk:
-            num_read += 1
-            with _naming_line(num_read):
-                encoded = encode_example(messages, template, batch)
-            ids, mask = encoded.input_ids[:max_length], encoded.answer_mask[:max_length]
+        examples = list(_render(chunk, template, tokenizer, num_read))
+        num_read += len(chunk)
+        batch: Any = _BatchTokenizer(tokenizer, (text for each in examples for text in list_texts(each, tokenizer)))
+        for stretches in examples:
+            encoded = encode_stretches(stretches, batch)
+            mask = encoded.answer_mask[:max_length]
             # The first token is predicted from nothing, so it never counts as an answer.
             if not any(mask[1:]):
                 num_dropped += 1
                 continue
-            num_truncated += len(encoded.input_ids) > max_length
-            labels = [token if wanted else IGNORED for token, wanted in zip(ids, mask, strict=True)]
-            labels[0] = IGNORED
-            rows.append(TokenRow(array.array("i", ids), array.array("i", labels), (len(ids),)))
+            num_truncated += any(encoded.answer_mask[max_length:])
+            end = len(mask) - mask[::-1].index(True)
+            rows.append(_build_row(encoded.input_ids[:end], mask[:end]))
     return TokenizedRows(rows, num_truncated, num_dropped)
+
+
+def _build_row(ids: list[int], mask: list[bool]) -> TokenRow:
+    labels = [token if wanted else IGNORED for token, wanted in zip(ids, mask, strict=True)]
+    labels[0] = IGNORED
+    return TokenRow(array.array("i", ids), array.array("i", labels), (len(ids),))
 
 
 def _chunks(conversations: Iterable[Sequence[Message]]) -> Iterator[list[Sequence[Message]]]:
@@ -132,13 +135,11 @@ def _chunks(conversations: Iterable[Sequence[Message]]) -> Iterator[list[Sequenc
         yield chunk
 
 
-def _list_texts(chunk: list[Sequence[Message]], template: str, num_before: int) -> Iterator[str]:
-    if template == TOKENIZER_TEMPLATE:
-        return
+def _render(chunk: list[Sequence[Message]], template: str, tokenizer: Any, num_before: int) -> Iterator[list[Stretch]]:
     for number, messages in enumerate(chunk, start=num_before + 1):
         with _naming_line(number):
-            texts = [segment.text for segment in build_segments(messages, template)]
-        yield from texts
+            examples = render_examples(messages, template, tokenizer)
+        yield from examples
 
 
 @contextlib.contextmanager
