@@ -81,6 +81,10 @@ def _in_save(do: Callable[[Faults, Pod], object]) -> Callable[[Faults, Pod, Phas
     return strike
 
 
+def _cut_power(faults: Faults, pod: Pod, phase: Phase) -> None:
+    faults.lose_node(pod, kill_in_save=phase.is_in_save)
+
+
 def _drain(faults: Faults, _: Pod) -> None:
     try:
         said = faults.drain("--disable-eviction", f"--timeout={PATIENCE_SECONDS}s")
@@ -107,7 +111,7 @@ FAULTS = (
     Fault("rank killed", _kill("rank"), counts=True, is_in_pod=True, phases=TRAINING_ONLY),
     Fault("container killed", _kill("container"), ("Killed",), counts=True),
     Fault("node drained", _in_save(_drain), ("Interrupted", "PodDeleted")),
-    Fault("node lost", _in_save(Faults.lose_node), ("NodeLost",)),
+    Fault("node lost", _cut_power, ("NodeLost",)),
     Fault("containerd restarted", _in_save(lambda faults, _: faults.restart("containerd"))),
     Fault("API server restarted", _in_save(lambda faults, _: faults.restart("apiserver"))),
     Fault("operator killed", _in_save(lambda faults, _: faults.kill_operator(OPERATOR_NAMESPACE))),

@@ -126,8 +126,12 @@ class Faults:
         stamped = (line.partition(" ") for line in text.splitlines())
         return [(_to_unix(stamp), rest) for stamp, _, rest in stamped if stamp.endswith("Z")]
 
-    def lose_node(self, pod: dict[str, Any]) -> None:
-        """Stop kubelet until this pod, or the operator its attempt, has been given up; then start it again."""
+    def lose_node(self, pod: dict[str, Any], kill_in_save: bool | None = None) -> None:
+        """Stop kubelet until this pod, or the operator its attempt, has been given up; then start it again.
+
+        As when the network is cut, the pod itself goes on; with `kill_in_save` it ends, inside a save or anywhere, as
+        when the power is.
+        """
         number = int(pod["metadata"]["labels"].get("finetune.dev/attempt", 0))
 
         def is_given_up() -> bool:
@@ -141,6 +145,8 @@ class Faults:
         self._keep_another_node()
         self.world.tool("stop", "kubelet")
         try:
+            if kill_in_save is not None:
+                self.kill_process(pod, in_save=kill_in_save)
             eventually(is_given_up, within=PATIENCE_SECONDS, otherwise=self.job.describe, every=1)
         finally:
             self.world.tool("start", "kubelet")
