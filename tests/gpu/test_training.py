@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -78,3 +79,36 @@ def test_a_full_gpu_is_reported_with_the_batch_to_try(material, tmp_path, num_gp
 
     assert (code, report["reason"]) == (ExitCode.OUT_OF_MEMORY, Reason.OUT_OF_MEMORY), report
     assert "perDeviceBatchSize to 4" in report["hint"]
+
+
+def test_a_save_copies_from_the_gpu_through_locked_memory_and_waits_for_no_disk(tmp_path, num_gpus):
+    import torch
+
+    from finetune_trainer.checkpoints.attempt import Fence
+    from finetune_trainer.checkpoints.writer import Writer
+    from finetune_trainer.training.snapshot import Buffer, copy_images, count_buffer_bytes, draw_state
+
+    # Before CUDA is initialised, as in a rank.
+    writer = Writer.start()
+    try:
+        device = f"cuda:{num_gpus - 1}"
+        torch.cuda.set_device(device)
+        weights = torch.arange(64 << 20, dtype=torch.float32, device=device)
+        images = [draw_state("shard.pt", {"weights": weights, "view": weights[3:9], "on the host": torch.arange(5)})]
+        buffer = Buffer(writer)
+        buffer.grow(count_buffer_bytes(images))
+        assert torch.frombuffer(writer.map_buffer(1), dtype=torch.uint8).is_pinned()
+        # The disk does not answer; the next step comes all the same, and what is written is what was.
+        os.kill(writer.pid, signal.SIGSTOP)
+        copy_images(images, buffer, writer, (tmp_path / "checkpoint-5", Fence(tmp_path / "attempt.json", 1)))
+        weights.zero_()
+        torch.cuda.synchronize()
+        os.kill(writer.pid, signal.SIGCONT)
+        writer.wait()
+        assert writer.failure is None
+        loaded = torch.load(tmp_path / "checkpoint-5" / "shard.pt", map_location="cpu")
+    finally:
+        writer.stop()
+    assert torch.equal(loaded["weights"], torch.arange(64 << 20, dtype=torch.float32))
+    assert loaded["view"].tolist() == [3, 4, 5, 6, 7, 8]
+    assert loaded["on the host"].tolist() == [0, 1, 2, 3, 4]

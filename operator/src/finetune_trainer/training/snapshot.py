@@ -8,6 +8,7 @@ PyTorch does not look at: the manifest has a digest of each file.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import io
@@ -127,10 +128,12 @@ class Buffer:
         if self._memory is None or not torch.cuda.is_initialized():
             return
         runtime = torch.cuda.cudart()
-        if is_locked:
-            runtime.cudaHostRegister(self.address, self.num_bytes, 0)
-        else:
+        if not is_locked:
             runtime.cudaHostUnregister(self.address)
+        elif runtime.cudaHostRegister(self.address, self.num_bytes, 0) != runtime.cudaError.success:
+            # CUDA keeps the error for whoever looks next, which would be a kernel of the training.
+            with contextlib.suppress(RuntimeError):
+                torch.zeros(1, device="cuda")
 
     def put(self, offset: int, content: Any, first: int, length: int) -> None:
         """Copy `length` bytes of some content, from byte `first` on, to `offset`."""
