@@ -11,9 +11,7 @@ twice the state.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import pathlib
@@ -23,13 +21,14 @@ import socket
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
 
 from finetune_contract.run_config import CheckpointConfig, DatasetConfig, RunConfig, Source
 from tests.bench.results import FOLDER, Result, write_results
+from tests.bench.scratch import make_scratch
 from tests.bench.training_process import start_forked
 
 GIB = 1 << 30
@@ -208,20 +207,6 @@ def _time_block(state: _State, save: Callable[[], None], num_steps: int) -> list
     return times
 
 
-@contextlib.contextmanager
-def _scratch() -> Iterator[pathlib.Path]:
-    """Give a folder of this benchmark alone; what a killed run has left there goes first."""
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    folder = FOLDER / "checkpoint-scratch"
-    with (FOLDER / "checkpoint.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        shutil.rmtree(folder, ignore_errors=True)
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
 def _leave(_number: int, _frame: Any) -> NoReturn:
     sys.exit("stopped")
 
@@ -242,7 +227,8 @@ def main() -> None:
         "_quarter_state": Case(size // 4, rounds),
     }
     results, found = [], {}
-    with _scratch() as folder:
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with make_scratch(FOLDER, "checkpoint") as folder:
         for suffix, case in cases.items():
             if options.cases and suffix.lstrip("_") not in options.cases:
                 continue
