@@ -6,11 +6,13 @@ import argparse
 import json
 import os
 import pathlib
+import sys
 from typing import Any
 
 from finetune_contract.reports import ExitCode, ExitReport, Phase, Reason
 from finetune_trainer.commands import plain
 from finetune_trainer.commands.common import apply_workspace_lock
+from finetune_trainer.evaluation.compare import compare, format_table
 from finetune_trainer.reporting import write_exit_report, write_json
 
 MAX_DETAILS = 2800
@@ -40,13 +42,18 @@ def run(args: argparse.Namespace) -> int:
 
     from finetune_trainer.evaluation.evaluate import evaluate
 
-    scores, baseline = evaluate(settings, pathlib.Path(args.promoted) if args.promoted else None)
-    result = {"scores": scores, "baseline": baseline}
+    tuned, base = evaluate(settings, pathlib.Path(args.promoted) if args.promoted else None)
+    result = {"scores": tuned.scores, "baseline": base.scores}
+    errors = {"errors": tuned.errors, "baselineErrors": base.errors}
     workspace.reports.mkdir(parents=True, exist_ok=True)
-    write_json(workspace.reports / "scores.json", result)
-    report = ExitReport(Phase.EVALUATE, Reason.COMPLETED, _message(scores, baseline), details=_shorten(result))
+    write_json(workspace.reports / "scores.json", result | errors)
+    table = format_table(compare(tuned.scores, base.scores, tuned.errors, base.errors))
+    if base.scores:
+        (workspace.reports / "scores.md").write_text(table + "\n", encoding="utf-8")
+        print(table, file=sys.stderr)
+    report = ExitReport(Phase.EVALUATE, Reason.COMPLETED, _message(tuned.scores, base.scores), details=_shorten(result))
     write_exit_report(report, workspace)
-    print(json.dumps(result, indent=1, sort_keys=True))
+    print(json.dumps(result | errors, indent=1, sort_keys=True))
     return ExitCode.OK
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 from typing import Any
 
@@ -9,25 +10,29 @@ from finetune_contract.reports import ExitCode, Reason
 from finetune_contract.run_config import RunConfig
 from finetune_contract.workspace import Workspace
 from finetune_trainer.errors import TrainerError
-from finetune_trainer.evaluation.harness import is_local, score_tasks
+from finetune_trainer.evaluation.harness import Scores, is_local, score_tasks
 from finetune_trainer.evaluation.holdout import measure_entropy, score_holdout
 from finetune_trainer.promotion import promoted
 from finetune_trainer.reporting import emit
 from finetune_trainer.training import modeling, tokens
 from finetune_trainer.training.inputs import find_dataset
 
-Scores = dict[str, dict[str, float]]
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """What one model reached."""
+
+    scores: Scores = dataclasses.field(default_factory=dict)
+    errors: Scores = dataclasses.field(default_factory=dict)
+    """Standard errors, of the scores that have one."""
 
 
-def evaluate(run: RunConfig, model: pathlib.Path | None = None) -> tuple[Scores, Scores]:
-    """Return the scores of the model (by default the promoted one) and of its base, task by task."""
+def evaluate(run: RunConfig, model: pathlib.Path | None = None) -> tuple[Side, Side]:
+    """Return what the model (by default the promoted one) and its base reach, task by task."""
     folder = model or find_promoted(run)
     rows = _read_holdout(run) if run.evaluation.holdout else None
-    scores = _score(run, folder, rows)
-    baseline: Scores = {}
-    if run.evaluation.baseline:
-        baseline = _score(run, modeling.find_base_model(run), rows)
-    return scores, baseline
+    tuned = _score(run, folder, rows)
+    return tuned, _score(run, modeling.find_base_model(run), rows) if run.evaluation.baseline else Side()
 
 
 def find_promoted(run: RunConfig) -> pathlib.Path:
@@ -64,7 +69,7 @@ def _read_holdout(run: RunConfig) -> tokens.TokenizedRows:
     return rows
 
 
-def _score(run: RunConfig, folder: pathlib.Path, rows: tokens.TokenizedRows | None) -> Scores:
+def _score(run: RunConfig, folder: pathlib.Path, rows: tokens.TokenizedRows | None) -> Side:
     import torch
 
     # Both models in 16 bits, as they are served: a difference in precision would pass for one in quality.
@@ -73,13 +78,15 @@ def _score(run: RunConfig, folder: pathlib.Path, rows: tokens.TokenizedRows | No
     model: Any = modeling.load_model(folder, dtype, run.trust_remote_code)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     scores: Scores = {}
+    errors: Scores = {}
     if rows is not None:
-        scores["holdout"] = score_holdout(model, rows, modeling.choose_pad_token(tokenizer))
+        scores["holdout"], errors["holdout"] = score_holdout(model, rows, modeling.choose_pad_token(tokenizer))
         scores["holdout"]["unigram_entropy"] = measure_entropy(rows)
         emit("held-out rows scored", model=folder.name[:12], rows=len(rows.rows), **scores["holdout"])
     if run.evaluation.tasks:
         root = pathlib.Path(run.workspace)
         local = any(is_local(name) for name in run.evaluation.tasks)
         emit("tasks begin", model=folder.name[:12], tasks=len(run.evaluation.tasks), local=local)
-        scores |= score_tasks(model, tokenizer, run.evaluation.tasks, run.evaluation.limit, root)
-    return scores
+        found, spread = score_tasks(model, tokenizer, run.evaluation.tasks, run.evaluation.limit, root)
+        scores, errors = scores | found, errors | spread
+    return Side(scores, errors)

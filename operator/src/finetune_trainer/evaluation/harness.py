@@ -16,6 +16,14 @@ GROUPS: Mapping[str, Mapping[str, int]] = {
 }
 """Our groups: lm-eval tasks and their number of examples in the prompt."""
 
+Scores = dict[str, dict[str, float]]
+"""By task and metric."""
+
+BATCH_SIZE = 8
+"""Requests answered at once; the harness sorts them by length."""
+_BOOTSTRAPS = 100
+"""Resamplings for the standard error of metrics that have no formula for it."""
+
 
 def expand_tasks(names: Sequence[str]) -> list[tuple[str, int | None]]:
     """Return each task with its shots; None keeps those of the task."""
@@ -30,18 +38,23 @@ def is_local(name: str) -> bool:
     return name.endswith((".yaml", ".yml"))
 
 
-def score_tasks(model: Any, tokenizer: Any, names: Sequence[str], limit: int, root: pathlib.Path) -> dict[str, Any]:
-    """Return `{task: {metric: number}}` for one model. Relative task files lie below `root`."""
+def score_tasks(
+    model: Any, tokenizer: Any, names: Sequence[str], limit: int, root: pathlib.Path
+) -> tuple[Scores, Scores]:
+    """Return the scores of one model and their standard errors. Relative task files lie below `root`."""
     from lm_eval.models.huggingface import HFLM
 
-    scores: dict[str, Any] = {}
-    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8, device=str(model.device))
+    scores: Scores = {}
+    errors: Scores = {}
+    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH_SIZE, device=str(model.device))
     for name, shots in expand_tasks(names):
-        scores |= _score_task(wrapped, name, shots, limit, root)
-    return scores
+        for task, metrics in _score_task(wrapped, name, shots, limit, root).items():
+            scores[task] = _numbers(metrics, is_error=False)
+            errors[task] = _numbers(metrics, is_error=True)
+    return scores, errors
 
 
-def _score_task(model: Any, name: str, shots: int | None, limit: int, root: pathlib.Path) -> dict[str, Any]:
+def _score_task(model: Any, name: str, shots: int | None, limit: int, root: pathlib.Path) -> Mapping[str, Any]:
     import lm_eval
     from lm_eval.tasks import TaskManager
 
@@ -55,12 +68,13 @@ def _score_task(model: Any, name: str, shots: int | None, limit: int, root: path
                 num_fewshot=shots,
                 limit=limit or None,
                 log_samples=False,
-                bootstrap_iters=0,
+                bootstrap_iters=_BOOTSTRAPS,
                 task_manager=TaskManager(include_defaults=path is None),
             )
     except (KeyError, ValueError, OSError, ConnectionError) as error:
         raise _make_error(name, error) from error
-    return {task: _numbers(metrics) for task, metrics in (result or {})["results"].items()}
+    results: Mapping[str, Any] = (result or {})["results"]
+    return results
 
 
 def read_texts(names: Sequence[str], root: pathlib.Path) -> Iterator[str]:
@@ -118,14 +132,15 @@ def _make_error(name: str, error: Exception) -> TrainerError:
     )
 
 
-def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Return the plain metrics; lm-eval names them `metric,filter`."""
+def _numbers(metrics: Mapping[str, Any], *, is_error: bool) -> dict[str, float]:
+    """Return the plain metrics or their standard errors; lm-eval names them `metric,filter`, `metric_stderr,filter`."""
     kept: dict[str, float] = {}
     for name, value in metrics.items():
         metric, _, variant = name.partition(",")
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if is_number and variant and not metric.endswith("_stderr"):
-            kept[metric if variant == "none" else name] = float(value)
+        if is_number and variant and metric.endswith("_stderr") is is_error:
+            metric = metric.removesuffix("_stderr")
+            kept[metric if variant == "none" else f"{metric},{variant}"] = float(value)
     return kept
 
 

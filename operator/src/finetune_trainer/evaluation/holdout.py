@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import collections
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from finetune_trainer.training.collate import Collator
@@ -25,24 +25,31 @@ def measure_entropy(rows: TokenizedRows) -> float:
     return -sum(count / total * math.log(count / total) for count in counts.values())
 
 
-def score_holdout(model: Any, rows: TokenizedRows, pad_token_id: int) -> dict[str, float]:
-    """Return the model's loss per answer token and its perplexity."""
+def score_holdout(model: Any, rows: TokenizedRows, pad_token_id: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the model's loss per answer token and its perplexity, and the standard error of the loss."""
     import torch
 
     collate = Collator(pad_token_id, packed=False)
-    total, num_tokens = 0.0, 0
+    paid: list[tuple[float, int]] = []
     with torch.inference_mode():
         for batch in _batches(rows.rows):
             inputs = {name: tensor.to(model.device) for name, tensor in collate(batch).items()}
             labels = inputs.pop("labels")[:, 1:]
             logits = model(**inputs, use_cache=False).logits[:, :-1].float()
             losses = torch.nn.functional.cross_entropy(
-                logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+                logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
             )
-            total += losses.item()
-            num_tokens += int((labels != IGNORED).sum())
-    loss = total / num_tokens
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+            sums = losses.view(labels.shape).double().sum(1).tolist()
+            paid += zip(sums, (labels != IGNORED).sum(1).tolist(), strict=True)
+    loss = sum(total for total, _ in paid) / sum(count for _, count in paid)
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}, {"loss": _estimate_error(paid, loss)}
+
+
+def _estimate_error(paid: Sequence[tuple[float, int]], loss: float) -> float:
+    """Return the standard error of a ratio of sums over rows, which vary as wholes (Cochran 1977, 6.4)."""
+    num_tokens = sum(count for _, count in paid)
+    squares = sum((total - loss * count) ** 2 for total, count in paid)
+    return math.sqrt(squares * len(paid) / max(len(paid) - 1, 1)) / num_tokens
 
 
 def _batches(rows: Iterable[TokenRow]) -> Iterator[list[dict[str, Any]]]:
