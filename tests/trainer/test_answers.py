@@ -101,7 +101,6 @@ def test_a_local_task_is_scored_for_the_model_and_its_base(run):
     details = run.report("evaluate")["details"]
     assert details["scores"] == {"opens": {"acc": 1.0}}
     assert json.loads((run.workspace.reports / "scores.json").read_text())["errors"]["opens"]["acc"] == 0
-    assert json.loads((run.workspace.reports / "scores.json").read_text())["errors"]["opens"]["acc"] == 0
     assert set(details["baseline"]) == {"opens"}
 
 
