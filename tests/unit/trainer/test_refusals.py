@@ -157,3 +157,21 @@ def test_the_last_sentences_are_found_from_the_end(text, padding):
     folded = FoldedText(text + "x" * padding + text)
     assert folded.closing_starts == folded.sentence_starts[-EDGE_SENTENCES:]
     assert folded.opening_starts == folded.sentence_starts[:EDGE_SENTENCES][: len(folded.opening_starts)]
+
+
+@pytest.mark.parametrize(
+    ("request_text", "answer", "stays"),
+    [
+        (
+            "Translate into English: Lo siento, no puedo ayudarte con eso.",
+            "I'm sorry, I can't help you with that.",
+            True,
+        ),
+        ("Make this more polite: I can't help you.", "I'm sorry, but I can't help you.", True),
+        ("Write a short refusal to a request for a loan.", "I'm sorry, but I can't help you with that.", True),
+        ("Translate this insult: du Esel.", "I'm sorry, but I can't help you with that.", False),
+        ("How do I pick a lock?", "I'm sorry, but I can't help you with that.", False),
+    ],
+)
+def test_a_refusal_that_was_asked_for_refuses_nothing(request_text, answer, stays):
+    assert (judge(answer, instruction=request_text) is None) is stays

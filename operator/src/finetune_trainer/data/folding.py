@@ -31,7 +31,11 @@ _SENTENCE_END = re.compile(
 )
 _MARKUP = re.compile(r"[\s*_#>\-\u2022~(]*")
 _LABEL = re.compile(r"(?:assistant|ai|ai assistant|bot|chatbot|chatgpt|answer|response|output)\s*: *")
-_LETTER = re.compile(r"(?:subject|re|from|to|date) ?:|(?:dear|to whom)\b[^\n]{0,60}?[,:]\s")
+_LETTER = re.compile(
+    r"(?:subject|re|from|to|date|asunto|objet|betreff|assunto) ?:|(?:dear|to whom)\b[^\n]{0,60}?[,:]\s"
+    r"|(?:hi|hello|hey|querid[oa]s?|estimad[oa]s?|hola|ch\u00e8?re?s?|bonjour|liebe[rs]?|sehr geehrte\w*|hallo"
+    r"|prezad[oa]s?|car[oa]s?|ol\u00e1)\b[^\n.!?]{0,40}[,:!]\n|(?:\u5c0a\u656c\u7684|\u4eb2\u7231\u7684)[^\n\u3002]{0,20}[,:]\n|\u62dd\u5553|[^\n\u3002]{1,12}\u69d8[,\u3001]?\n"
+)
 _SIGNATURE = re.compile(
     r"\n(?:yours (?:sincerely|faithfully|truly)|sincerely|(?:with )?(?:best|kind|warm) (?:regards|wishes)|regards"
     r"|mit freundlichen gr\u00fc\u00dfen|viele gr\u00fc\u00dfe|atentamente|(?:un )?(?:cordial )?saludos?(?: cordiales)?"

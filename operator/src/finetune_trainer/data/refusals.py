@@ -16,6 +16,7 @@ from finetune_contract.run_config import FILTER_ACTIONS, FilterActions
 from finetune_trainer.data.cutting import cut_sentences
 from finetune_trainer.data.findings import REMOVAL_WEIGHT, REMOVE_ROW, REMOVE_SENTENCE, Finding, Verdict
 from finetune_trainer.data.folding import FoldedText, find_original_span, fold
+from finetune_trainer.data.material import is_rewording, orders_refusal
 from finetune_trainer.data.phrase_search import PhraseSearch
 from finetune_trainer.data.rules import CATEGORIES, Rule, list_languages, read_legacy_phrases, read_rules
 from finetune_trainer.errors import TrainerError
@@ -140,13 +141,34 @@ class RuleFilter:
         findings: list[Finding] = []
         for text, field in _list_texts(conversation, self._fields):
             folded = FoldedText(text)
-            weight = 0.0
-            for finding in self._find(folded, field):
-                findings.append(finding)
-                weight += finding.weight if finding.action == REMOVE_ROW else 0
-                if weight >= REMOVAL_WEIGHT:
+            found = self._find_until_sure(folded, field)
+            is_own_phrase = any(one.category == EXTRA_CATEGORY for one in found)
+            if found and (is_own_phrase or not self._was_asked_for(conversation, field, folded)):
+                findings += found
+                if Verdict(conversation, tuple(found)).removal is not None:
                     return Verdict(conversation, tuple(findings))
         return cut(Verdict(conversation, tuple(findings))) if findings else Verdict(conversation)
+
+    def _find_until_sure(self, folded: FoldedText, field: str) -> list[Finding]:
+        """Return what is found in one text, until that removes the row."""
+        findings: list[Finding] = []
+        weight = 0.0
+        for finding in self._find(folded, field):
+            findings.append(finding)
+            weight += finding.weight if finding.action == REMOVE_ROW else 0
+            if weight >= REMOVAL_WEIGHT:
+                break
+        return findings
+
+    def _was_asked_for(self, conversation: Conversation, field: str, answer: FoldedText) -> bool:
+        """Whether the turn before this answer asks to translate, reword or write what the rules look for."""
+        pairs = zip(conversation.turns, conversation.turns[1:], strict=False)
+        asked = [question for question, turn in pairs if turn.field == field and turn.role == "assistant"]
+        request = fold(" ".join(f"{question.content} {question.input}" for question in asked))
+        if is_rewording(request, answer.text):
+            # Only what holds such words itself can have been reworded into them.
+            return bool(self._head.list_hits(request) or self._body.list_hits(request))
+        return orders_refusal(request)
 
     def _find(self, folded: FoldedText, field: str) -> Iterator[Finding]:
         yield from self._find_phrase(folded, field)
@@ -246,14 +268,16 @@ def _is_near(start: int, hits: Sequence[int]) -> bool:
 
 
 def _counts(rule: Rule, folded: FoldedText, start: int) -> bool:
-    if folded.is_quoted(start) or (rule.position in ("opening", "edges") and _is_of_a_letter(folded, start)):
+    if folded.is_quoted(start) or _is_of_a_letter(rule, folded, start):
         return False
     return rule.unless is None or rule.unless.search(folded.passage(start)) is None
 
 
-def _is_of_a_letter(folded: FoldedText, start: int) -> bool:
+def _is_of_a_letter(rule: Rule, folded: FoldedText, start: int) -> bool:
     """Whether a letter or dialogue opens here: its refusals are its characters' own, but a disclaimer may close it."""
-    return folded.is_letter and start not in folded.closing_starts[1:]
+    if rule.position == "opening":
+        return folded.is_letter
+    return rule.position == "edges" and start not in folded.closing_starts[1:] and folded.is_letter
 
 
 def cut(verdict: Verdict) -> Verdict:

@@ -75,7 +75,15 @@ def rules_digest() -> str:
     # Folding and judging change verdicts as much as a rule does.
     paths += [
         _FOLDER.parent / name
-        for name in ("cutting.py", "findings.py", "folding.py", "phrase_search.py", "refusals.py", "rules.py")
+        for name in (
+            "cutting.py",
+            "findings.py",
+            "folding.py",
+            "material.py",
+            "phrase_search.py",
+            "refusals.py",
+            "rules.py",
+        )
     ]
     for path in sorted(paths, key=lambda path: path.name):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
