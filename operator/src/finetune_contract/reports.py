@@ -118,7 +118,8 @@ class ExitReport:
     train: step, total_steps, loss, resumed_from_step (or null), checkpoints (steps kept), latest_complete,
         best (or null), checkpoint_bytes and committed_at (RFC 3339) of the newest, save_seconds and step_seconds
         (0: none was measured), stall_seconds (of the newest save), in_pod_restarts, steps_lost and productive_seconds
-        (as the metrics of these names; a failed training reports them, too, with the last step done), mirrored (newest
+        (as the metrics of these names; a failed training reports them, too, with the last step done), packing,
+        examples_truncated, examples_dropped and real_token_share (as the metrics of these names), mirrored (newest
         step on the mirror, or null; absent without a mirror).
     promote: digest, path, checkpoint_step, parameters, bytes.
     evaluate: scores (task -> metric -> number), baseline (same shape). Held-out rows are the task `holdout` with the
@@ -203,6 +204,14 @@ class Metric(enum.StrEnum):
     """Time in the optimizer steps that led to the present weights, over all attempts: what a restart loses goes off."""
     STEPS_LOST = "steps_lost"
     """Optimizer steps of this attempt that restarts inside its pod threw away."""
+    PACKING = "packing"
+    """1: examples share sequences; 0: they do not, as the job says; -1: the architecture does not allow it."""
+    EXAMPLES_TRUNCATED = "examples_truncated"
+    """Training examples that lost answer tokens at the maximum length."""
+    EXAMPLES_DROPPED = "examples_dropped"
+    """Training examples without an answer token within the maximum length."""
+    REAL_TOKEN_SHARE = "real_token_share"
+    """Share of the places of training sequences that hold tokens."""
     ROWS_READ = "rows_read"
     ROWS_REMOVED = "rows_removed"
 

@@ -133,11 +133,33 @@ def build_resolved(plan: Plan, observed: Observed) -> dict[str, Any] | None:
     }
 
 
-def build_dataset(record: records.Record) -> dict[str, Any] | None:
-    rows = record.details(Phase.PREPARE)
+def build_dataset(observed: Observed, previous: Previous) -> dict[str, Any] | None:
+    """Take what the preparation reported; of the training what it reported at its end, else what it posted last."""
+    rows = observed.record.details(Phase.PREPARE)
     if not rows:
         return None
-    return {name: rows.get(name) for name in ("rows_read", "rows_kept", "rows_removed", "tokens", "report")}
+    result: dict[str, Any] = {
+        name: rows.get(name) for name in ("rows_read", "rows_kept", "rows_removed", "tokens", "report")
+    }
+    old = previous.dataset.model_dump() if previous.dataset else {}
+    result |= {name: old.get(name) for name in _EXAMPLES}
+    posted = observed.progress.report.metrics if observed.progress is not None else {}
+    known: Mapping[str, Any] = {**posted, **observed.record.details(Phase.TRAIN)}
+    numbers = {name: value for name in _EXAMPLES if (value := _read_number(known.get(name))) is not None}
+    if Metric.PACKING in numbers:
+        result["packing"] = {1: "Packed", 0: "Padded"}.get(int(numbers.pop(Metric.PACKING)), "Refused")
+    if Metric.REAL_TOKEN_SHARE in numbers:
+        result["real_token_share"] = min(1.0, max(0.0, numbers.pop(Metric.REAL_TOKEN_SHARE)))
+    return result | {name: max(0, int(value)) for name, value in numbers.items()}
+
+
+_EXAMPLES = tuple(
+    each.value for each in (Metric.PACKING, Metric.REAL_TOKEN_SHARE, Metric.EXAMPLES_TRUNCATED, Metric.EXAMPLES_DROPPED)
+)
+
+
+def _read_number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def build_checkpoints(observed: Observed, previous: Previous) -> dict[str, Any] | None:

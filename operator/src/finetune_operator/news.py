@@ -28,6 +28,7 @@ def select_events(old: Previous, new: Previous) -> list[tuple[str, str, str]]:
             # It is tried again, so nobody has to act yet; but somebody may want to know why it takes so long.
             events.append(("Warning", each.reason, each.message))
     events += _select_attempt_events(old, new)
+    events += _select_data_events(old, new)
     avoided = {(each.name, each.until) for each in old.excluded_nodes}
     for node in new.excluded_nodes:
         if (node.name, node.until) not in avoided:
@@ -49,6 +50,21 @@ _ANNOUNCED = frozenset(
 )
 _FETCHED = frozenset({Type.MODEL_READY, Type.DATASET_READY, Type.PROMOTED})
 """What needs a remote service."""
+
+
+def _select_data_events(old: Previous, new: Previous) -> list[tuple[str, str, str]]:
+    before, after = old.dataset, new.dataset
+    events = []
+    if after is not None and after.packing == "Refused" and (before is None or before.packing != "Refused"):
+        text = "examples are padded: this model's architecture would let examples in one sequence see each other"
+        events.append(("Warning", "PackingRefused", text))
+    if after is not None and after.examples_dropped and not (before is not None and before.examples_dropped):
+        text = (
+            f"{after.examples_dropped} training examples are left out: their prompts leave no room for an answer in "
+            "training.maxLength"
+        )
+        events.append(("Warning", "ExamplesDropped", text))
+    return events
 
 
 def _select_attempt_events(old: Previous, new: Previous) -> list[tuple[str, str, str]]:

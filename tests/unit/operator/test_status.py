@@ -246,6 +246,25 @@ def test_events_tell_transitions_once():
     assert select_events(stalled, stalled) == []
 
 
+def test_what_training_makes_of_the_examples_is_told_once_and_stays():
+    posted = {Metric.PACKING: -1.0, Metric.EXAMPLES_DROPPED: 3.0, Metric.EXAMPLES_TRUNCATED: 5.0}
+    first = build(running_world(), Wait(TRAINING))
+    second = build(
+        running_world(progress=make_progress(**posted, **{Metric.REAL_TOKEN_SHARE: 0.251})), Wait(TRAINING), first
+    )
+    assert second.dataset.packing == "Refused"
+    assert (second.dataset.examples_dropped, second.dataset.examples_truncated) == (3, 5)
+    assert second.dataset.real_token_share == 0.251
+    assert [reason for _, reason, _ in select_events(first, second)] == ["PackingRefused", "ExamplesDropped"]
+
+    # A restarted operator knows nothing until the next post.
+    third = build(running_world(), Wait(TRAINING), second)
+    assert third.dataset == second.dataset
+    assert select_events(second, third) == []
+    packed = make_progress(**{Metric.PACKING: 1.0, Metric.EXAMPLES_DROPPED: float("nan")})
+    assert build(running_world(progress=packed), Wait(TRAINING)).dataset.packing == "Packed"
+
+
 def test_a_source_that_does_not_answer_is_told_once_although_nobody_has_to_act_yet():
     running = Situation("Pending", "Inspecting", "reading the sizes", condition="ModelReady")
     away = Situation("Pending", "SourceUnavailable", "s3://a/b did not answer", condition="ModelReady")

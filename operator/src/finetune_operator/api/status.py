@@ -171,7 +171,7 @@ class Resolved(StatusModel):
 
 
 class DatasetStatus(StatusModel):
-    """What preparing the data did."""
+    """What preparing the data did, and what training makes of it."""
 
     rows_read: Count | None = None
     """Rows read from the sources."""
@@ -183,6 +183,16 @@ class DatasetStatus(StatusModel):
     """Tokens of the kept rows."""
     report: StatusText | None = None
     """Path of the report below /workspace."""
+    packing: Literal["Packed", "Padded", "Refused"] | None = None
+    """Whether training puts several examples into one sequence; Refused: the job wants it, and the architecture of the
+    model would let the examples see each other."""
+    examples_truncated: Count | None = None
+    """Training examples that lost answer tokens at training.maxLength."""
+    examples_dropped: Count | None = None
+    """Training examples that are left out: no answer token fits training.maxLength."""
+    real_token_share: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Share of the training sequences that is not padding; where they are not packed, as if all were as long as the
+    longest."""
 
 
 class CheckpointStatus(StatusModel):

@@ -14,12 +14,12 @@ from transformers import TrainerCallback
 
 from finetune_contract import environment
 from finetune_contract.reports import ExitCode, Metric, Reason
-from finetune_contract.run_config import RunConfig
 from finetune_contract.workspace import Workspace
 from finetune_trainer.checkpoints.mirror_state import read_mirror_state
 from finetune_trainer.distributed import read_in_pod_restarts
 from finetune_trainer.errors import TrainerError
 from finetune_trainer.reporting import ProgressReporter, emit, now_text
+from finetune_trainer.training.inputs import Inputs
 from finetune_trainer.training.keeper import CheckpointKeeper
 from finetune_trainer.training.ledger import WorkLedger
 from finetune_trainer.training.notice import StopFlag
@@ -88,7 +88,9 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
     sum is saved with each checkpoint and goes on from there, so that steps which a restart threw away are not in it.
     """
 
-    def __init__(self, run: RunConfig, keeper: CheckpointKeeper, tokens_per_step: float, ledger: WorkLedger) -> None:
+    def __init__(self, inputs: Inputs, keeper: CheckpointKeeper, tokens_per_step: float, ledger: WorkLedger) -> None:
+        run = inputs.run
+        self._examples = inputs.describe()
         self._keeper = keeper
         self._tokens_per_step = tokens_per_step
         self._ledger = ledger
@@ -116,9 +118,9 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
         self._ledger.begin(state.global_step, self._productive_seconds)
         self._reporter.__enter__()
         emit("training", step=state.global_step, total_steps=state.max_steps)
-        metrics: dict[str, float] = {}
+        metrics = dict(self._examples)
         if self._keeper.resumed_from is not None:
-            metrics = {Metric.RESUMED_FROM: self._keeper.resumed_from, **self._describe_checkpoints()}
+            metrics |= {Metric.RESUMED_FROM: self._keeper.resumed_from, **self._describe_checkpoints()}
         self._reported = (self._keeper.latest_complete, self._keeper.last_committed_at)
         self._post(state, metrics, urgent=True)
 
@@ -252,6 +254,10 @@ _HELP = {
     Metric.MIRRORED_BYTES: "Bytes sent to the mirror in this attempt",
     Metric.MIRROR_FAILURES: "Tries to send to the mirror that failed in this attempt",
     Metric.PRODUCTIVE_SECONDS: "Time in the optimizer steps that led to the present weights, over all attempts",
+    Metric.PACKING: "1: examples share sequences, 0: not as wanted, -1: the architecture does not allow it",
+    Metric.EXAMPLES_TRUNCATED: "Training examples that lost answer tokens at the maximum length",
+    Metric.EXAMPLES_DROPPED: "Training examples without an answer token within the maximum length",
+    Metric.REAL_TOKEN_SHARE: "Share of the places of training sequences that hold tokens",
     Metric.STEPS_LOST: "Optimizer steps of this attempt that restarts inside its pod threw away",
 }
 

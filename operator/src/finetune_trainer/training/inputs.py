@@ -9,7 +9,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from finetune_contract.reports import ExitCode, Reason
+from finetune_contract.reports import ExitCode, Metric, Reason
 from finetune_contract.run_config import RunConfig
 from finetune_contract.workspace import Workspace
 from finetune_trainer.checkpoints.identity import identify_run
@@ -33,6 +33,21 @@ class Inputs:
     """Attention code for packed rows (`probe.py`); empty: each example has a row of its own."""
     identity: Mapping[str, str]
     """What decides what the model becomes (`identity.identify_run`)."""
+    is_refused: bool = False
+    """Packing was wanted, and the architecture does not allow it."""
+
+    def describe(self) -> dict[str, float]:
+        """Return what became of the examples, under the names of the metrics."""
+        train = self.train
+        widest = (
+            self.run.training.max_length if self.packed_attention else max(len(row.input_ids) for row in train.rows)
+        )
+        return {
+            Metric.PACKING: -1 if self.is_refused else int(bool(self.packed_attention)),
+            Metric.EXAMPLES_TRUNCATED: train.num_truncated,
+            Metric.EXAMPLES_DROPPED: train.num_dropped,
+            Metric.REAL_TOKEN_SHARE: round(train.num_tokens / (len(train.rows) * widest), 4),
+        }
 
 
 def find_dataset(run: RunConfig) -> pathlib.Path:
@@ -92,13 +107,14 @@ def read_inputs(run: RunConfig) -> Inputs:
         per_device_batch_size=batch,
         gradient_accumulation_steps=accumulation,
     )
+    is_refused = run.training.packing and not is_packed
     run = dataclasses.replace(run, training=training)
     holdout = tokens.TokenizedRows([])
     if run.checkpoint.keep_best > 0:
         holdout = _tokenize(folder / "holdout.jsonl", run, tokenizer, max_length)
     emit("rows tokenized", examples=num_examples, rows=len(train.rows), tokens=train.num_tokens, packed=is_packed)
     identity = identify_run(run, base_model, folder)
-    return Inputs(run, base_model, tokenizer, train, holdout, attention, identity)
+    return Inputs(run, base_model, tokenizer, train, holdout, attention, identity, is_refused)
 
 
 def _tokenize(path: pathlib.Path, run: RunConfig, tokenizer: Any, max_length: int) -> tokens.TokenizedRows:

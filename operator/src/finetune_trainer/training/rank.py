@@ -178,7 +178,7 @@ def _add_progress(trainer: Any, inputs: Inputs, keeper: Any, ledger: WorkLedger)
     per_row = inputs.train.num_tokens / len(inputs.train.rows)
     training = inputs.run.training
     rows = training.per_device_batch_size * training.gradient_accumulation_steps * keeper.group.size
-    progress = ProgressCallback(inputs.run, keeper, per_row * rows, ledger)
+    progress = ProgressCallback(inputs, keeper, per_row * rows, ledger)
     trainer.add_callback(progress)
     return progress
 
