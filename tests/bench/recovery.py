@@ -29,7 +29,7 @@ from tests.bench.scratch import make_scratch
 from tests.bench.small_volume import leave_mounts_of_host
 from tests.bench.training_process import import_stack
 
-BASELINE_KILLS = 50
+BASELINE_KILLS = 30
 """The stock Trainer's rate is known after so many; the first of the same schedule."""
 
 
