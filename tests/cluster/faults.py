@@ -23,7 +23,11 @@ root, manifest, pid, kind = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv
 
 def saving():
     for folder in root.glob("checkpoint-*"):
-        if any(folder.iterdir()) and not (folder / manifest).exists() and not (folder / "finetune-deleting").exists():
+        try:
+            names = os.listdir(folder)
+        except FileNotFoundError:  # pruned a moment ago
+            continue
+        if names and manifest not in names and "finetune-deleting" not in names:
             return folder.name
 
 def parent(number):
