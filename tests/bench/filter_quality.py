@@ -1,7 +1,8 @@
 """`make bench-filter-quality`: how well the rules tell refusals from answers that merely sound like them.
 
 The rows of `tests/data/filter` are judged by the default rules, all languages at once as a job without `language` has
-them, and by the built-in phrase list of legacy mode. A row counts as removed when the verdict removes it.
+them, and by the built-in phrase list of legacy mode. A row counts as removed when the verdict removes it. The rules
+were mended by the errors on this set; the held-out rows, by which nobody has, say how they do on new ones.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from tests.bench.results import REPOSITORY, Result, write_results
 
 LANGUAGES = ("en", "es", "fr", "de", "pt", "zh", "ja")
 ROWS = REPOSITORY / "tests" / "data" / "filter"
+HELD_OUT = ROWS / "held-out"
 LEGACY = "legacy phrase list"
 
 
@@ -110,14 +112,18 @@ def score(judged: Sequence[Judged]) -> Score:
     return Score(removed_rightly, removed_wrongly, to_remove - removed_rightly, len(judged) - to_remove)
 
 
-def list_results(ours: Sequence[Judged], legacy: Sequence[Judged], languages: Sequence[str]) -> list[Result]:
-    """Return every metric for each language; empty: over all."""
+def list_results(row_sets: Sequence[tuple[str, Sequence[Labelled]]]) -> list[Result]:
+    """Return every metric of the rules beside the phrase list's, for each named set of rows."""
+    rules = make_filter(FilterConfig())
+    # The phrase list looks into the answers only, as the rules do: instructions of a trap hold refusals on purpose.
+    phrases = make_filter(FilterConfig(rules="legacy", fields=("output",)))
     results = []
-    for language in languages:
-        here, there = (score([one for one in each if language in ("", one.row.language)]) for each in (ours, legacy))
-        for name in ("f1", "precision", "recall", "traps_removed"):
-            metric = f"{name}_{language}" if language else name
-            results.append(Result(metric, getattr(here, name), "of the rows", LEGACY, getattr(there, name)))
+    for suffix, rows in row_sets:
+        here, there = score(judge(rules, rows)), score(judge(phrases, rows))
+        results += [
+            Result(name + suffix, getattr(here, name), "of the rows", LEGACY, getattr(there, name))
+            for name in ("f1", "precision", "recall", "traps_removed")
+        ]
     return results
 
 
@@ -136,16 +142,15 @@ def main() -> int:
     """Judge and report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--errors", action="store_true", help="print the rows that the rules judge wrongly")
-    parser.add_argument("--rows", type=Path, default=ROWS, help="folder of another labelled set")
     args = parser.parse_args()
-    rows = read_labelled(args.rows)
-    ours = judge(make_filter(FilterConfig()), rows)
-    # The phrase list looks into the answers only, as the rules do: instructions of a trap hold refusals on purpose.
-    legacy = judge(make_filter(FilterConfig(rules="legacy", fields=("output",))), rows)
+    rows, held_out = read_labelled(), read_labelled(HELD_OUT)
     if args.errors:
-        print("\n".join(format_error(one) for one in ours if not one.is_right))
-    name = "filter-quality" if args.rows == ROWS else f"filter-quality-{args.rows.name}"
-    write_results(name, list_results(ours, legacy, ("", *LANGUAGES)), rows=len(rows))
+        # The held-out rows are not printed: who mends rules by them has none left that are unseen.
+        judged = judge(make_filter(FilterConfig()), rows)
+        print("\n".join(format_error(one) for one in judged if not one.is_right))
+    row_sets = [("", rows), ("_held_out", held_out)]
+    row_sets += [(f"_{language}", [row for row in rows if row.language == language]) for language in LANGUAGES]
+    write_results("filter-quality", list_results(row_sets), rows=len(rows), held_out_rows=len(held_out))
     return 0
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import collections
 
+import pytest
+
 from finetune_contract.run_config import FilterConfig
 from finetune_trainer.data.findings import Finding
 from finetune_trainer.data.formats import Conversation
 from finetune_trainer.data.refusals import make_filter
-from tests.bench.filter_quality import LANGUAGES, Judged, Labelled, judge, read_labelled, score
+from tests.bench.filter_quality import HELD_OUT, LANGUAGES, ROWS, Judged, Labelled, judge, read_labelled, score
 
-LEAST_F1 = 0.76
-MOST_TRAPS_REMOVED = 0.03
+LEAST_F1 = 0.99
+LEAST_F1_HELD_OUT = 0.8
+MOST_TRAPS_REMOVED = 0.01
 
 
 def judged(is_removal: bool, removed: bool) -> Judged:
@@ -28,15 +31,22 @@ def test_precision_recall_and_traps_are_counted():
     assert found.traps_removed == 3 / 4
 
 
-def test_the_set_is_as_its_readme_says():
-    counts = collections.Counter((row.language, row.is_removal) for row in read_labelled())
+@pytest.mark.parametrize(("folder", "english", "other"), [(ROWS, (63, 68), (25, 25)), (HELD_OUT, (20, 20), (6, 6))])
+def test_the_sets_are_as_their_readmes_say(folder, english, other):
+    counts = collections.Counter((row.language, row.is_removal) for row in read_labelled(folder))
     assert {language: (counts[language, True], counts[language, False]) for language in LANGUAGES} == {
-        "en": (63, 68),
-        **dict.fromkeys(LANGUAGES[1:], (25, 25)),
+        "en": english,
+        **dict.fromkeys(LANGUAGES[1:], other),
     }
 
 
-def test_the_rules_judge_the_set_as_well_as_they_did():
-    found = score(judge(make_filter(FilterConfig()), read_labelled()))
-    assert found.f1 >= LEAST_F1
+def test_no_held_out_answer_is_in_the_set_that_rules_are_mended_by():
+    answers = [{row.conversation.turns[1].content for row in read_labelled(folder)} for folder in (ROWS, HELD_OUT)]
+    assert not answers[0] & answers[1]
+
+
+@pytest.mark.parametrize(("folder", "least"), [(ROWS, LEAST_F1), (HELD_OUT, LEAST_F1_HELD_OUT)])
+def test_the_rules_judge_as_well_as_they_did(folder, least):
+    found = score(judge(make_filter(FilterConfig()), read_labelled(folder)))
+    assert found.f1 >= least
     assert found.traps_removed <= MOST_TRAPS_REMOVED
