@@ -27,7 +27,8 @@ def test_other_tasks_keep_their_own_shots():
 def test_metrics_lose_the_harness_s_filter_names_and_errors():
     raw = {"alias": "arc", "acc,none": 0.25, "acc_stderr,none": 0.01, "exact_match,strict": 0.5, "sample_len": 10}
 
-    assert _numbers(raw) == {"acc": 0.25, "exact_match,strict": 0.5}
+    assert _numbers(raw, is_error=False) == {"acc": 0.25, "exact_match,strict": 0.5}
+    assert _numbers(raw, is_error=True) == {"acc": 0.01}
 
 
 def test_many_scores_are_cut_to_what_a_termination_message_holds_and_the_groups_stay():
