@@ -58,7 +58,13 @@ def run(args: argparse.Namespace) -> int:
         error.details.update(ledger.to_details())
         raise
     has_stopped = outcome.exit_code == ExitCode.SUSPENDED
-    results = {**ledger.to_details(), **inputs.describe(), **outcome.results, **mirrored, "in_pod_restarts": outcome.num_restarts}
+    results = {
+        **ledger.to_details(),
+        **inputs.describe(),
+        **outcome.results,
+        **mirrored,
+        "in_pod_restarts": outcome.num_restarts,
+    }
     step, total = results.get("step", 0), results.get("total_steps", 0)
     message = f"stopped on request at step {step} of {total}" if has_stopped else f"trained {step} steps"
     saved = results.get("latest_complete")
