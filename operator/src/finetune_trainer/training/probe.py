@@ -22,8 +22,8 @@ from finetune_trainer.training import modeling
 from finetune_trainer.training.tokens import IGNORED, TokenizedRows, TokenRow, pack
 
 TOLERANCE = 1e-5
-"""Nats per token that the losses of an example may differ by in fp32. Rounding stays below a third of it; where examples
-see each other, losses of this model change by tenths."""
+"""Nats per token that the losses of an example may differ by in fp32. Rounding stays below a third of it; where
+examples see each other, losses of this model change by tenths."""
 
 _SECONDS = 120.0
 _LENGTHS = (11, 7, 13, 3, 5, 9, 2)
