@@ -38,6 +38,8 @@ def read_answer(verdict: Verdict) -> str:
         ("Rest.\n\nThis is not intended as medical advice.", "Rest."),
         ("It is 9.58 seconds. As of my last update in 2021, that stands. Ask again.", "It is 9.58 seconds. Ask again."),
         ("One.\n\nAs an AI language model, I have no opinion.\n\nTwo.", "One.\n\nTwo."),
+        ("One.\nAs an AI language model, I have no opinion.   Two.", "One.\nTwo."),
+        ("One. As an AI language model, I have no opinion\nTwo.", "One.\nTwo."),
         ("**As an AI language model, I have no opinion.** Two.", "Two."),
         ("1. Stir.\n2. As an AI language model, I do not eat.\n3. Serve.", "1. Stir.\n3. Serve."),
         (

@@ -69,6 +69,10 @@ def test_spelling_does_not_hide_a_refusal(answer):
     assert removal.category == "refusal"
 
 
+def test_a_line_may_be_wrapped_inside_an_anchor():
+    assert judge("It is Paris. As of my\nlast update in 2021, that was so.") is not None
+
+
 def test_a_refusal_deep_inside_an_answer_is_a_story():
     story = "The guard looked up. " * 30
     assert judge("I can't help with that. " + story) is not None
