@@ -84,7 +84,8 @@ def _in_save(do: Callable[[Faults, Pod], object]) -> Callable[[Faults, Pod, Phas
 
 
 def _cut_power(faults: Faults, pod: Pod, phase: Phase) -> None:
-    faults.lose_node(pod, kill_in_save=phase.is_in_save)
+    # Promotion would have ended before its pod could be found without kubelet: there the network is cut.
+    faults.lose_node(pod, kill_in_save=None if phase is PROMOTING else phase.is_in_save)
 
 
 def _drain(faults: Faults, _: Pod) -> None:

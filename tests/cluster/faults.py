@@ -81,6 +81,7 @@ class Faults:
             (*self.world.read_status()["containerd"]["ctr"], "tasks", "ls"), capture_output=True, check=True
         )
         found = [line.split() for line in tasks.stdout.decode().splitlines() if line.startswith(container)]
+        assert found, f"the container of pod {pod['metadata']['name']} has ended"
         manifest = "finetune-manifest.json" if in_save else ""
         arguments = (str(self.volume / "checkpoints"), manifest, found[0][1], kind)
         answer = self.world.tool("exec", "--", "python3", "-c", _KILL, *arguments).split()
