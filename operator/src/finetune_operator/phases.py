@@ -145,7 +145,10 @@ def _next_after_failure(view: View, phase: Phase, job: Job) -> Step:
     size = claim.capacity_bytes or claim.requested_bytes
     if view.record.storage_full_at == size:
         return storage_full(view, failure.message, RUNNING[phase])
-    if view.record.storage_full_at and size > view.record.storage_full_at:
+    known = view.record.last_failure
+    is_known = known is not None and known.pod == failure.pod
+    if is_known and 0 < view.record.storage_full_at < size:
+        # It has grown since this very Job failed; one that failed after that needs still more.
         return Remove((_refer(job),), RUNNING[phase])
     return WriteRecord(dataclasses.replace(record, storage_full_at=size), RUNNING[phase])
 

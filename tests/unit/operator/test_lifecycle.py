@@ -547,6 +547,23 @@ def test_a_full_workspace_is_waited_for_and_noticed_when_it_has_grown():
     assert look(plan, make_observed(plan, record, claim=grown)).record.attempt.number == 2
 
 
+def test_a_workspace_that_was_full_before_is_waited_for_again_and_not_tried_in_a_loop():
+    plan = make_test_plan(workspace={"size": "10Gi"})
+    job = make_batch_job(plan, "promote", is_failed=True, ended_at=NOW)
+    report = make_report("promote", 73, "StorageFull", "no space")
+    pod = make_pod(job, phase="Failed", exit=make_exit(73, report=report))
+    claim = Claim(plan.workspace.claim, uid="claim", phase="Bound", capacity_bytes=2**33, requested_bytes=10 * 2**30)
+    earlier = Failure(to_text(NOW), "StorageFull", "no space", pod="support-7b-train-1-0")
+    record = make_record(*TRAINED, claim_uid="claim", storage_full_at=2**32, last_failure=earlier)
+    noticed = look(plan, make_observed(plan, record, jobs=(job,), pods=(pod,), claim=claim))
+    assert isinstance(noticed, WriteRecord)
+    assert noticed.record.storage_full_at == 2**33
+    full = make_observed(plan, noticed.record, jobs=(job,), pods=(pod,), claim=claim)
+    assert look(plan, full).situation.is_stalled
+    grown = dataclasses.replace(claim, capacity_bytes=10 * 2**30)
+    assert isinstance(look(plan, dataclasses.replace(full, claim=grown)), Remove)
+
+
 def test_the_last_failure_is_remembered_once():
     step = end_attempt(make_test_plan(), report_code=79, reason="CUDAOutOfMemory")
     assert isinstance(step.record.last_failure, Failure)
