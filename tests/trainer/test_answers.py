@@ -15,7 +15,8 @@ import pytest
 
 from finetune_contract.reports import ExitCode, Reason
 from finetune_trainer.__main__ import main
-from finetune_trainer.data.prompts import encode_examples
+from finetune_trainer.data.prompts import encode_examples, encode_prompt
+from finetune_trainer.serving.generate import Generator
 from tests.support.training_runs import SMALL, Run
 from tests.support.waiting import eventually
 
@@ -187,6 +188,29 @@ def test_the_answer_is_greedy_by_default_and_the_same_when_streamed(server, fold
     streamed = "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks if chunk["choices"])
     assert status == 200
     assert streamed == reference["text"]
+
+
+def test_a_conversation_over_http_has_the_prompt_of_training(server, folder):
+    import torch
+
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": QUESTION},
+        {"role": "assistant", "content": "It joins the path."},
+        {"role": "user", "content": "And list.counts?"},
+    ]
+    generator = Generator(folder)
+    prompt = encode_prompt(messages, "wizardlm", generator.tokenizer)
+    with torch.inference_mode():
+        ids = generator.model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=16)[0, len(prompt) :]
+    body = {"model": "tiny", "messages": messages, "max_tokens": 16, "temperature": 0}
+
+    status, text = _post(server, "/v1/chat/completions", body)
+
+    answer = json.loads(text)
+    assert status == 200
+    assert answer["usage"]["prompt_tokens"] == len(prompt)
+    assert answer["choices"][0]["message"]["content"] == generator.tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def test_plain_completions_work_for_the_one_model_and_it_is_the_only_one(server):
