@@ -24,8 +24,8 @@ def test_a_family_trains_resumes_promotes_and_answers(make_run, family, capfd):
     assert results["loss"] < 3, "a third of what guessing costs"
     assert ("packing is off" in capfd.readouterr().err) == (family == "mpt")
     assert results["packing"] == (-1 if family == "mpt" else 1)
-    # Forty examples of like length leave a gap in most rows.
-    assert 0.8 < results["real_token_share"] <= 1
+    # Forty examples of like length leave a gap in most rows, and more of one where each has its own.
+    assert (results["real_token_share"] > 0.8) == (family != "mpt")
     assert (results["examples_dropped"], results["examples_truncated"]) == (0, 0)
 
     answer = Generator(_promote(run)).answer([{"role": "user", "content": "What does list.opens do?"}], 40)
