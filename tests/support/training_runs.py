@@ -5,6 +5,7 @@ Imported before torch: it sets what makes a process with the stack imported safe
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -80,6 +81,8 @@ class Run:
     model: pathlib.Path
     data: pathlib.Path
     settings: tuple[str, ...] = SMALL
+    started: list[int] = dataclasses.field(default_factory=list)
+    """Process groups of the trainings that `start` began."""
 
     @property
     def workspace(self) -> Workspace:
@@ -112,7 +115,14 @@ class Run:
                 code = self.call("train", *settings)
             finally:
                 os._exit(code)
+        self.started.append(pid)
         return pid
+
+    def end(self) -> None:
+        """Kill the trainings that a failed test has left."""
+        for pid in self.started:
+            with contextlib.suppress(ProcessLookupError, ChildProcessError):
+                kill_group(pid)
 
     def report(self, phase: str) -> dict[str, Any]:
         """Return the exit report of a phase."""

@@ -59,11 +59,15 @@ def models(tmp_path_factory):
 
 @pytest.fixture
 def make_run(tmp_path, models, data) -> Iterator[Callable[..., Run]]:
-    """Return a function that makes a workspace for a model family."""
+    """Yield a function that makes a workspace for a model family."""
+    runs: list[Run] = []
 
     def make(family: str = "llama", name: str = "workspace", *settings: str) -> Run:
         root = tmp_path / name
         root.mkdir()
-        return Run(root, models[family], data, (*SMALL, *settings))
+        runs.append(Run(root, models[family], data, (*SMALL, *settings)))
+        return runs[-1]
 
-    return make
+    yield make
+    for run in runs:
+        run.end()
