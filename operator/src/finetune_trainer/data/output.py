@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import os
 from typing import TYPE_CHECKING, Any, Self
 
 from finetune_trainer.data.report_page import build_page
 from finetune_trainer.reporting import write_json
+from finetune_trainer.versions import read_version
 
 if TYPE_CHECKING:
     import pathlib
@@ -102,7 +102,7 @@ class LinesFile:
 
 def write_report(folder: pathlib.Path, report: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> None:
     """Write report.json, which has no texts of the data, samples.jsonl, which has, and the page made of both."""
-    report = {**report, "versions": {"finetune-operator": importlib.metadata.version("finetune-operator")}}
+    report = {**report, "versions": {"finetune-operator": read_version("finetune-operator")}}
     with LinesFile(folder / SAMPLES) as lines:
         for sample in samples:
             lines.write(sample)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
 import pathlib
 from typing import Any
@@ -12,6 +11,7 @@ from finetune_contract.run_config import RunConfig
 from finetune_contract.workspace import Workspace
 from finetune_trainer.checkpoints.manifest import Manifest
 from finetune_trainer.reporting import now_text
+from finetune_trainer.versions import read_version
 
 _PACKAGES = ("finetune-operator", "torch", "transformers", "trl", "deepspeed", "accelerate", "peft")
 
@@ -43,7 +43,7 @@ def build_provenance(run: RunConfig, checkpoint: Manifest, digest: str) -> dict[
             "world_size": checkpoint.world_size,
             "metrics": dict(checkpoint.metrics),
         },
-        "versions": {name: _read_version(name) for name in _PACKAGES},
+        "versions": {name: read_version(name) for name in _PACKAGES},
     }
 
 
@@ -53,10 +53,3 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
-
-
-def _read_version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
