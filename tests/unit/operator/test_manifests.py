@@ -123,6 +123,17 @@ def test_what_the_job_says_about_memory_is_asked_for_as_it_is():
     assert container["resources"]["requests"]["memory"] == container["resources"]["limits"]["memory"] == "3Gi"
 
 
+def test_no_more_memory_is_asked_for_than_the_pod_s_own_limit_allows():
+    record = RECORD.with_phase(Phase.INSPECT, {"model_parameters": 7 << 30})
+    plan = make_test_plan(training={"pod": {"resources": {"limits": {"memory": "96Mi"}}}})
+
+    (container,) = build_attempt(plan, record, 1, "CA")[1]["spec"]["template"]["spec"]["containers"]
+
+    # Kubernetes asks for the limit where a pod says nothing else, and refuses a pod that asks for more.
+    assert container["resources"]["limits"]["memory"] == "96Mi"
+    assert "memory" not in container["resources"]["requests"]
+
+
 @pytest.mark.parametrize("plan", [full_plan(), cpu_plan()], ids=["full", "cpu"])
 def test_every_pod_fits_the_restricted_pod_security_standard(plan):
     for pod in all_pods(plan):

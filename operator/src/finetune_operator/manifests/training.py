@@ -72,7 +72,7 @@ def build_attempt(plan: Plan, record: Record, number: int, progress_ca: str) -> 
     }
     pod_spec = build_pod_spec(
         plan,
-        _container(plan, name, _request_memory(record, run), own),
+        _container(plan, name, _request_memory(plan, record, run), own),
         avoid_nodes([each.node for each in record.excluded_nodes]),
     )
     pod_spec |= {
@@ -115,8 +115,11 @@ def _lost_node_tolerations() -> list[dict[str, Any]]:
     ]
 
 
-def _request_memory(record: Record, run: RunConfig) -> str:
+def _request_memory(plan: Plan, record: Record, run: RunConfig) -> str:
     """Return what to ask for where nobody has said it; nothing where the model's size is unknown. It is no limit."""
+    if "memory" in plan.pods[Phase.TRAIN].limits:
+        # More than the limit would be refused; without a word Kubernetes asks for the limit.
+        return ""
     parameters = int(record.details(Phase.INSPECT).get("model_parameters") or 0)
     return f"{max(1024, training_memory_bytes(parameters, run) >> 20)}Mi" if parameters else ""
 
