@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
     from finetune_trainer.adapters.compose import Part
 
-_METHODS = ("concatenate", "svd", "linear", "ties", "dare-linear", "dare-ties")
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the actions."""
+    from finetune_trainer.adapters.compose import METHODS
+
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     inspect = actions.add_parser("inspect", help="tell what adapters hold", description="Tell what adapters hold.")
     inspect.add_argument("folders", metavar="DIR", nargs="+", type=pathlib.Path, help="adapter or promoted model")
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     compose.add_argument("--out", metavar="DIR", type=pathlib.Path, required=True, help="folder to write; new")
     compose.add_argument(
         "--method",
-        choices=_METHODS,
+        choices=METHODS,
         default="concatenate",
         help="concatenate and svd are exact at the summed rank; the others are lossy (default: concatenate)",
     )

@@ -104,7 +104,7 @@ def _answer_file(args: argparse.Namespace, sampling: Sampling) -> int:
 
 def _describe(args: argparse.Namespace, generator: Generator) -> dict[str, Any]:
     """Return what decides the answers besides the request: the models and the prompts by content."""
-    from finetune_trainer.serving.batch import hash_file
+    from finetune_trainer.storage.transfer import hash_file
 
     weights = [
         path

@@ -194,9 +194,3 @@ def _list_batches(encoded: Sequence[Sequence[int]], size: int, limit: int) -> It
 
 def _mix(seed: int, place: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {place}".encode()).digest()[:6], "big")
-
-
-def hash_file(path: pathlib.Path) -> str:
-    """Return the SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -59,7 +59,7 @@ def make_diff(
             tuned_name=tuned.resolve().name,
             tuned_digest=make_digest((name, each.tuned) for name, each in tensors.items()),
             tensors=tensors,
-            shards={path.name: _read_header_text(path) for path in {tensor.file for tensor in ours.values()}},
+            shards={path.name: _read_header_text(path) for path in sorted({tensor.file for tensor in ours.values()})},
             companions=_copy_companions(tuned, beside / COMPANIONS),
             files=writer.files,
         )

@@ -12,6 +12,7 @@ from finetune_contract.reports import ExitCode, Reason
 from finetune_trainer.checkpoints import disk
 from finetune_trainer.errors import TrainerError
 from finetune_trainer.safetensors_header import ITEM_BYTES, LENGTH_BYTES, HeaderError, parse_header
+from finetune_trainer.storage.transfer import hash_file
 from finetune_trainer.weight_diff import bits
 from finetune_trainer.weight_diff.ahead import map_ahead
 from finetune_trainer.weight_diff.files import copy_file, fresh_folder
@@ -177,17 +178,13 @@ def _check_base_headers(record: Record, tensors: Mapping[str, Tensor], folder: p
 
 
 def _check_file(path: pathlib.Path, wanted: FileFacts) -> None:
-    digest = hashlib.sha256()
     try:
-        with open(path, "rb") as file:
-            size = path.stat().st_size
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
+        size, sha256 = path.stat().st_size, hash_file(path)
     except OSError as error:
         raise _damaged(path, f"it cannot be read: {error.strerror}") from error
     if size != wanted.size:
         raise _damaged(path, f"it has {size} bytes, the record says {wanted.size}")
-    if digest.hexdigest() != wanted.sha256:
+    if sha256 != wanted.sha256:
         raise _damaged(path, "it has other content than recorded")
 
 
