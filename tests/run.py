@@ -5,11 +5,16 @@ A rung that fails does not stop the next: one run shows all that is broken. Exit
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
+from typing import IO
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 LIGHT = REPOSITORY / ".venv" / "bin" / "python"
@@ -22,7 +27,8 @@ RUNGS = {
     "cluster": (LIGHT,),
     "gpu": (TRAINER,),
 }
-NO_TESTS_COLLECTED = 5
+BESIDE = {"trainer": "api"}
+"""Rungs that run beside another: the API server's tests wait most of the time, and the ranks want the cores then."""
 
 
 def main(names: list[str]) -> int:
@@ -33,21 +39,57 @@ def main(names: list[str]) -> int:
         return 2
     was_up = _is_cluster_up()
     verdicts: dict[str, str] = {}
-    for name in names:
-        started = time.monotonic()
-        print(f"\n== {name} ==", flush=True)
-        code = _run(name)
-        verdicts[name] = f"{'passed' if code == 0 else f'FAILED (exit {code})'} in {time.monotonic() - started:.0f} s"
+    for together in _list_rounds(names):
+        verdicts |= _run_round(together)
     if "cluster" in names and not was_up:
         subprocess.run((sys.executable, "tests/cluster/cluster.py", "down"), cwd=REPOSITORY, check=False)
-    print("\n" + "\n".join(f"{name:<8} {verdict}" for name, verdict in verdicts.items()), flush=True)
+    print("\n" + "\n".join(f"{name:<8} {verdicts[name]}" for name in names), flush=True)
     return int(any("FAILED" in verdict for verdict in verdicts.values()))
 
 
-def _run(name: str) -> int:
+def _list_rounds(names: list[str]) -> list[list[str]]:
+    """Return the rungs that run at once, in the order in which their output is shown."""
+    companions = {name for name in names if BESIDE.get(name) in names}
+    return [
+        [name, *(each for each in names if each in companions and BESIDE[each] == name)]
+        for name in names
+        if name not in companions
+    ]
+
+
+def _run_round(names: list[str]) -> dict[str, str]:
+    """Run these rungs at once: the first one's output is shown as it comes, the others' when it has ended."""
+    first, *others = names
+    beside = "".join(f"; {name} runs beside it, its output follows" for name in others)
+    print(f"\n== {first}{beside} ==", flush=True)
+    with contextlib.ExitStack() as stack:
+        spools = {name: stack.enter_context(tempfile.NamedTemporaryFile()) for name in others}
+        pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor())
+        verdicts = {name: pool.submit(_run, name, spools.get(name)) for name in names}
+        verdicts[first].result()
+        for name in others:
+            _follow(name, spools[name].name, verdicts[name])
+        return {name: verdict.result() for name, verdict in verdicts.items()}
+
+
+def _run(name: str, spool: IO[bytes] | None) -> str:
     interpreter, *options = RUNGS[name]
     command = (str(interpreter), "-m", "pytest", f"tests/{name}", "--durations=8", *options)
-    return subprocess.run(command, cwd=REPOSITORY, check=False).returncode
+    started = time.monotonic()
+    code = subprocess.run(command, cwd=REPOSITORY, check=False, stdout=spool, stderr=spool).returncode
+    return f"{'passed' if code == 0 else f'FAILED (exit {code})'} in {time.monotonic() - started:.0f} s"
+
+
+def _follow(name: str, spool: str, verdict: concurrent.futures.Future[str]) -> None:
+    """Show what a rung has written so far, and go on until it has ended."""
+    print(f"\n== {name} ==", flush=True)
+    # Opened anew: on the rung's own file description, reading would move the place where it writes.
+    with pathlib.Path(spool).open("rb") as written:
+        is_over = False
+        while not is_over:
+            is_over = bool(concurrent.futures.wait((verdict,), timeout=1).done)
+            shutil.copyfileobj(written, sys.stdout.buffer)
+            sys.stdout.flush()
 
 
 def _is_cluster_up() -> bool:
