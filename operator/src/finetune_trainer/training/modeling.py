@@ -119,8 +119,12 @@ def build_empty_model(folder: pathlib.Path, dtype: str, trust_remote_code: bool 
 
 def choose_attention(config: Any) -> str:
     """Return the attention code to use: the same in training, evaluation and generation."""
-    # MPT has only its own attention with ALiBi.
-    return "eager" if config.model_type == "mpt" else "sdpa"
+    from transformers import AutoModelForCausalLM
+
+    # Some know only their own: MPT with its ALiBi, Gemma 2 with capped scores. The mapping is what the library picks
+    # the class by; code that came with the model is not in it, and every such code has an eager way.
+    architecture = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    return "sdpa" if getattr(architecture, "_supports_sdpa", False) else "eager"
 
 
 def limit_length(config: Any) -> int:
