@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
@@ -15,6 +16,7 @@ from finetune_trainer.__main__ import main
 from finetune_trainer.adapters.compose import Part, Settings, compose, fit_rank
 from finetune_trainer.adapters.folder import read_adapter
 from finetune_trainer.errors import TrainerError
+from finetune_trainer.storage.transfer import hash_file
 
 TOKENS = torch.arange(2, 42)[None]
 WEIGHTS = {"polite": 1.0, "brief": -0.7, "safe": 0.35}
@@ -85,9 +87,9 @@ def test_an_exact_method_answers_as_the_live_stack(folders, stacked, tmp_path, m
     assert ((composed - stacked).abs().max() / stacked.abs().max()).item() <= 1e-6
     assert not torch.allclose(composed, answer(build_base()), atol=1e-2)
     profile = json.loads((tmp_path / "one" / "composition.json").read_text())
-    assert profile["rank"] == read_adapter(tmp_path / "one").rank == 16
-    assert profile["largestError"] <= 1e-6
-    assert [part["weight"] for part in profile["parts"]] == list(WEIGHTS.values())
+    assert profile["composition"]["rank"] == read_adapter(tmp_path / "one").rank == 16
+    assert profile["composition"]["largestError"] <= 1e-6
+    assert [part["weight"] for part in profile["adapters"]] == list(WEIGHTS.values())
 
 
 @pytest.mark.parametrize("method", ["ties", "dare-linear", "dare-ties", "svd"])
@@ -160,3 +162,149 @@ def test_inspect_tells_what_an_adapter_holds(folders, capsys):
     assert facts["targets"] == ["down_proj", "q_proj"]
     assert facts["parameters"] == 2 * 6 * (32 + 32 + 64 + 32)
     assert facts["modulesWithoutEffect"] == []
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base") / "tiny"
+    build_base().save_pretrained(folder)
+    return folder
+
+
+def inspect(folder, capsys):
+    capsys.readouterr()
+    assert main(["adapters", "inspect", str(folder), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)[0]
+
+
+def write_profile(path, base_digest, folders, capsys, **settings):
+    entries = [
+        {
+            "name": name,
+            "source": str(folders[name]),
+            "digest": inspect(folders[name], capsys)["digest"],
+            "weight": WEIGHTS[name],
+        }
+        for name in WEIGHTS
+    ]
+    path.write_text(yaml.safe_dump({"version": 1, "base": base_digest, "adapters": entries, **settings}))
+    return path
+
+
+def read_files(folder):
+    return {name: (folder / name).read_bytes() for name in ("adapter_config.json", "adapter_model.safetensors")}
+
+
+@pytest.mark.parametrize("method", ["concatenate", "dare-ties"])
+def test_a_profile_gives_the_same_adapter_to_the_byte(folders, base, tmp_path, capsys, method):
+    digest = inspect(base, capsys)["base"]
+    settings = {"method": method, "rank": 16, "seed": 5}
+    profile = write_profile(tmp_path / "house.yaml", digest, folders, capsys, **settings)
+    words = ("--profile", str(profile), "--model", str(base))
+    assert main(["adapters", "compose", *words, "--out", str(tmp_path / "one"), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    again = ("--profile", str(tmp_path / "one" / "composition.json"), "--out", str(tmp_path / "deeper" / "two"))
+    assert main(["adapters", "compose", *again, "--json"]) == 0
+
+    assert read_files(tmp_path / "one") == read_files(tmp_path / "deeper" / "two")
+    assert json.loads(capsys.readouterr().out)["profileDigest"] == facts["profileDigest"]
+    assert facts["base"] == digest
+    flags = ["--method", method, "--rank", "16", "--seed", "5", "--model", str(base)]
+    assert run_compose(folders, tmp_path / "three", *flags) == 0
+    assert read_files(tmp_path / "one") == read_files(tmp_path / "three")
+
+
+def test_a_part_that_is_not_what_the_profile_pins_is_refused_by_name(folders, base, tmp_path, capsys):
+    mine = {name: shutil.copytree(folder, tmp_path / name) for name, folder in folders.items()}
+    profile = write_profile(tmp_path / "house.yaml", inspect(base, capsys)["base"], mine, capsys)
+    tensors = load_file(mine["brief"] / "adapter_model.safetensors")
+    name = next(iter(tensors))
+    tensors[name] = tensors[name] * 1.001
+    save_file(tensors, mine["brief"] / "adapter_model.safetensors")
+
+    assert main(["adapters", "compose", "--profile", str(profile), "--out", str(tmp_path / "x")]) == ExitCode.NO_INPUT
+    assert "adapters[1] (brief): its digest is" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_model_that_is_not_the_profiles_base_is_refused(folders, base, tmp_path, capsys):
+    profile = write_profile(tmp_path / "house.yaml", "0" * 64, folders, capsys)
+    words = ("--profile", str(profile), "--model", str(base), "--out", str(tmp_path / "x"))
+    assert main(["adapters", "compose", *words]) == ExitCode.NO_INPUT
+    assert "the profile's base is 0000" in capsys.readouterr().err
+
+
+def test_an_adapter_that_was_trained_on_another_promoted_model_is_refused(folders, base, tmp_path, capsys):
+    other = shutil.copytree(folders["brief"], tmp_path / "other")
+    name_base(other, f"/workspace/output/{'1' * 64}")
+    words = ("--adapter", str(other), "--model", str(base), "--out", str(tmp_path / "x"))
+    assert main(["adapters", "compose", *words]) == ExitCode.NO_INPUT
+    assert f"its base is {'1' * 64}, not" in capsys.readouterr().err
+
+
+def test_an_adapter_is_told_from_others_by_its_provenance(folders, base, tmp_path, capsys):
+    """What a job's promotion writes beside an adapter names the base by the digests of its files."""
+    promoted = tmp_path / "promoted"
+    shutil.copytree(folders["brief"], promoted / "adapter")
+    name_base(promoted / "adapter", "")
+    digest = inspect(base, capsys)["base"]
+    weights = {"name": "model.safetensors", "size": (base / "model.safetensors").stat().st_size}
+    for known, code in ((hash_file(base / "model.safetensors"), 0), ("2" * 64, ExitCode.NO_INPUT)):
+        facts = {"digest": "a" * 32, "files": [{**weights, "sha256": known}]}
+        (promoted / "provenance.json").write_text(json.dumps({"base_model": facts}))
+        out = tmp_path / f"out-{code}"
+        assert (
+            main(["adapters", "compose", "--adapter", str(promoted), "--model", str(base), "--out", str(out)]) == code
+        )
+    assert f"not {digest}" in capsys.readouterr().err
+
+
+def test_an_adapter_whose_modules_the_model_lacks_is_refused(folders, tmp_path, capsys):
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "small")
+    words = ("--adapter", str(folders["brief"]), "--model", str(tmp_path / "small"), "--out", str(tmp_path / "x"))
+    assert main(["adapters", "compose", *words]) == ExitCode.NO_INPUT
+    assert "in " + str(tmp_path / "small") + " it is (" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"base": "llama"}, "base: 'llama' is no digest"),
+        ({"method": "slerp"}, "method: 'slerp' is not known"),
+        ({"adapters": []}, "adapters: no list"),
+        ({"wieght": 1}, "wieght: unknown"),
+        ({"version": 2}, "version: 2"),
+        ({"rank": "8"}, "rank: '8'"),
+    ],
+)
+def test_a_profile_that_cannot_work_is_refused_by_field(folders, tmp_path, capsys, change, message):
+    profile = write_profile(tmp_path / "house.yaml", "0" * 64, folders, capsys)
+    profile.write_text(yaml.safe_dump(yaml.safe_load(profile.read_text()) | change))
+    assert main(["adapters", "compose", "--profile", str(profile), "--out", str(tmp_path / "x")]) != 0
+    assert message in capsys.readouterr().err
+
+
+def spoil(folder, change):
+    path = folder / "adapter_model.safetensors"
+    save_file({name: change(tensor) for name, tensor in load_file(path).items()}, path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensor: tensor.to(torch.int8), "is of type int8"),
+        (lambda tensor: tensor / 0, "not finite"),
+        (
+            lambda tensor: tensor[:2] if tensor.shape[0] == 4 else tensor[:, :2],
+            "has rank 2, adapter_config.json says 4",
+        ),
+    ],
+)
+def test_weights_that_cannot_be_composed_are_refused(folders, tmp_path, capsys, change, message):
+    other = shutil.copytree(folders["polite"], tmp_path / "other")
+    spoil(other, lambda tensor: change(tensor).contiguous())
+    assert main(["adapters", "inspect", str(other)]) == ExitCode.NO_INPUT
+    assert message in capsys.readouterr().err

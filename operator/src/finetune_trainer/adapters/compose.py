@@ -106,14 +106,14 @@ def _check(parts: Sequence[Part]) -> None:
     shapes = {name: (module.shape, first) for name, module in first.modules.items()}
     for part in parts[1:]:
         adapter = part.adapter
-        if adapter.base and first.base and adapter.base != first.base:
-            why = f"its base is {adapter.base}, that of {first.folder} is {first.base}"
-            raise refuse(adapter.folder, why, "Adapters add up over one base only.")
+        if adapter.base.differs_from(first.base):
+            why = f"its base is {adapter.base.label}, that of {first.label} is {first.base.label}"
+            raise refuse(adapter.label, why, "Adapters add up over one base only.")
         for name, module in adapter.modules.items():
             shape, owner = shapes.setdefault(name, (module.shape, adapter))
             if shape != module.shape:
-                why = f"{name} is {module.shape}, in {owner.folder} it is {shape}"
-                raise refuse(adapter.folder, why, "Adapters add up over one base only.")
+                why = f"{name} is {module.shape}, in {owner.label} it is {shape}"
+                raise refuse(adapter.label, why, "Adapters add up over one base only.")
 
 
 def _make_module(terms: Sequence[tuple[float, LowRank]], exact: LowRank, settings: Settings) -> LowRank:

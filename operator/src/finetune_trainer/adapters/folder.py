@@ -11,14 +11,16 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from finetune_contract.reports import ExitCode, Reason
+from finetune_trainer.adapters.base import Base, find_adapter_base
 from finetune_trainer.errors import TrainerError
-from finetune_trainer.storage.publish import PROVENANCE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+DTYPES = ("float32", "bfloat16", "float16")
+"""Types of tensors that are composed."""
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<part>[AB])\.weight")
 _UNSUPPORTED = ("use_dora", "modules_to_save", "layer_replication", "trainable_token_indices", "lora_bias")
 """Settings of an adapter that change more than one low-rank product per module."""
@@ -55,8 +57,10 @@ class Adapter:
     """By the module's name in the base model."""
     digest: str
     """SHA-256 of its weights and of what scales them."""
-    base: str
-    """Digest of the base model where the adapter's provenance knows it, otherwise the name in its configuration."""
+    base: Base
+    """The model that it says it was trained on."""
+    label: str
+    """How messages call it: the option, file or field that names it."""
 
     @property
     def rank(self) -> int:
@@ -64,11 +68,15 @@ class Adapter:
         return max(module.rank for module in self.modules.values())
 
 
-def read_adapter(folder: pathlib.Path) -> Adapter:
-    """Read an adapter; also that in the folder of a promoted model. Raises TrainerError naming the folder."""
+def read_adapter(folder: pathlib.Path, label: str = "") -> Adapter:
+    """Read an adapter; also that in the folder of a promoted model.
+
+    Raises TrainerError that begins with `label`, by default `--adapter FOLDER`.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    label = label or f"--adapter {folder}"
     if not (folder / CONFIG).is_file() and (folder / "adapter" / CONFIG).is_file():
         folder /= "adapter"
     try:
@@ -76,44 +84,64 @@ def read_adapter(folder: pathlib.Path) -> Adapter:
         tensors = load_file(folder / WEIGHTS)
     except FileNotFoundError as error:
         name = pathlib.Path(error.filename or WEIGHTS).name
-        raise refuse(folder, f"{name} is missing", "Name the folder of a LoRA adapter that PEFT wrote.") from error
+        raise refuse(label, f"{name} is missing", "Name the folder of a LoRA adapter that PEFT wrote.") from error
     except (OSError, ValueError, SafetensorError) as error:
-        raise refuse(folder, f"cannot be read: {error}", "Copy the adapter again.") from error
+        raise refuse(label, f"cannot be read: {error}", "Copy the adapter again.") from error
+    _check_config(label, config)
+    digest, base = _make_digest(folder, config), find_adapter_base(folder, config)
+    return Adapter(folder, config, _pair(label, config, tensors), digest, base, label)
+
+
+def refuse(label: str, why: str, hint: str) -> TrainerError:
+    """Return the error for an adapter that cannot be used."""
+    return TrainerError(Reason.MODEL_INVALID, ExitCode.NO_INPUT, f"{label}: {why}", hint)
+
+
+def _check_config(label: str, config: Any) -> None:
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise refuse(folder, f"{CONFIG} is not that of a LoRA adapter", "Other kinds of adapters do not add up.")
+        raise refuse(label, f"{CONFIG} is not that of a LoRA adapter", "Other kinds of adapters do not add up.")
     for name in _UNSUPPORTED:
         if config.get(name):
-            raise refuse(folder, f"it uses {name}, which does not add up", "Merge it into its base model instead.")
+            raise refuse(label, f"it uses {name}, which does not add up", "Merge it into its base model instead.")
     if config.get("bias", "none") != "none":
-        raise refuse(folder, "it trains biases, which do not add up", "Merge it into its base model instead.")
-    return Adapter(
-        folder, config, _pair(folder, config, tensors), _make_digest(folder, config), _find_base(folder, config)
-    )
+        raise refuse(label, "it trains biases, which do not add up", "Merge it into its base model instead.")
+    for name in ("r", "lora_alpha"):
+        if not isinstance(config.get(name), int | float) or isinstance(config[name], bool) or config[name] <= 0:
+            raise refuse(label, f"{CONFIG} has {name}: {config.get(name)!r}", "Copy the adapter again.")
 
 
-def refuse(folder: pathlib.Path, why: str, hint: str) -> TrainerError:
-    """Return the error for an adapter that cannot be used."""
-    return TrainerError(Reason.MODEL_INVALID, ExitCode.NO_INPUT, f"--adapter {folder}: {why}", hint)
-
-
-def _pair(folder: pathlib.Path, config: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, LowRank]:
+def _pair(label: str, config: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, LowRank]:
     halves: dict[str, dict[str, Any]] = {}
     for name, tensor in tensors.items():
         match = _KEY.fullmatch(name)
         if match is None:
-            raise refuse(folder, f"tensor {name} is no part of a low-rank product", "Only lora_A and lora_B add up.")
-        if not tensor.numel():
-            hint = "It was saved from partitioned weights: save it again from the training's checkpoint."
-            raise refuse(folder, f"tensor {name} is empty", hint)
+            raise refuse(label, f"tensor {name} is no part of a low-rank product", "Only lora_A and lora_B add up.")
+        _check_tensor(label, name, tensor)
         halves.setdefault(match["module"], {})[match["part"]] = tensor
     if not halves:
-        raise refuse(folder, "it holds no tensors", "Save it again from the training's checkpoint.")
+        raise refuse(label, "it holds no tensors", "Save it again from the training's checkpoint.")
     modules = {}
     for module, parts in halves.items():
         if set(parts) != {"A", "B"} or parts["A"].shape[0] != parts["B"].shape[1]:
-            raise refuse(folder, f"lora_A and lora_B of {module} do not fit together", "Copy the adapter again.")
+            raise refuse(label, f"lora_A and lora_B of {module} do not fit together", "Copy the adapter again.")
+        rank = _find_pattern(config.get("rank_pattern"), module, config["r"])
+        if parts["A"].shape[0] != rank:
+            why = f"{module} has rank {parts['A'].shape[0]}, {CONFIG} says {rank}"
+            raise refuse(label, why, "Weights and configuration are of two adapters: copy both again.")
         modules[module] = LowRank(parts["A"], parts["B"], _find_scale(config, module))
     return modules
+
+
+def _check_tensor(label: str, name: str, tensor: Any) -> None:
+    if not tensor.numel():
+        hint = "It was saved from partitioned weights: save it again from the training's checkpoint."
+        raise refuse(label, f"tensor {name} is empty", hint)
+    kind = str(tensor.dtype).removeprefix("torch.")
+    if kind not in DTYPES:
+        why = f"tensor {name} is of type {kind}, adapters add up in {', '.join(DTYPES)}"
+        raise refuse(label, why, "Save the adapter again in one of these types, without quantization.")
+    if not tensor.isfinite().all():
+        raise refuse(label, f"tensor {name} has values that are not finite", "Use an earlier checkpoint of it.")
 
 
 def _find_scale(config: Mapping[str, Any], module: str) -> float:
@@ -136,11 +164,3 @@ def _make_digest(folder: pathlib.Path, config: Mapping[str, Any]) -> str:
     with open(folder / WEIGHTS, "rb") as file:
         digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
-
-
-def _find_base(folder: pathlib.Path, config: Mapping[str, Any]) -> str:
-    try:
-        provenance = json.loads((folder.parent / PROVENANCE).read_text(encoding="utf-8"))
-        return str(provenance["base_model"]["digest"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return str(config.get("base_model_name_or_path") or "")

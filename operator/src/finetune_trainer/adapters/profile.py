@@ -1,71 +1,164 @@
-"""A composed adapter on disk: PEFT's two files, and the profile that says what it was composed of.
+"""A profile: which adapters are composed over which base, with which weights, by which method. No torch.
 
-`composition.json` holds `version`, `base`, `method`, `rank`, `density`, `seed`, `parts` (in order: `name`, `digest`,
-`weight`), `digest` of the result, `largestError`, and `errors` by module. Kept in Git, its `parts` and settings are
-enough to compose the same adapter again.
+A profile is a YAML file, kept in Git like jobs, with comments where they help; JSON is YAML, so that the
+`composition.json` beside a composed adapter is a profile, too:
+
+    version: 1
+    base: 3f2a...             # a digest of the base model, as `adapters inspect` prints it
+    method: concatenate       # and where they are not the defaults: rank, density, seed
+    adapters:
+      - name: polite
+        source: adapters/polite   # beside this file, or hf://, s3://, https://
+        digest: 9c01...           # what the source has to hold
+        weight: 1
+
+What is composed and what it is called decide its digest; where the parts lie does not.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import math
 from typing import TYPE_CHECKING, Any
 
-from finetune_trainer.adapters.folder import CONFIG, WEIGHTS, read_adapter
-from finetune_trainer.reporting import write_json
-from finetune_trainer.weight_diff.files import fresh_folder
+import yaml
+
+from finetune_contract.reports import ExitCode, Reason
+from finetune_trainer.adapters.base import is_digest
+from finetune_trainer.adapters.compose import LOSSY, METHODS, Settings
+from finetune_trainer.errors import TrainerError, first_line
 
 if TYPE_CHECKING:
     import pathlib
-    from collections.abc import Sequence
+    from collections.abc import Mapping
 
-    from finetune_trainer.adapters.compose import Composition, Part, Settings
-
-PROFILE = "composition.json"
 VERSION = 1
+COMPOSITION = "composition"
+"""Key of what a composition adds to its profile: the results."""
+_KEYS = {"version", "base", "method", "rank", "density", "seed", "adapters", COMPOSITION}
+_ENTRY_KEYS = {"name", "source", "revision", "digest", "weight"}
 
 
-def write_composition(
-    out: pathlib.Path, parts: Sequence[Part], settings: Settings, composition: Composition
-) -> dict[str, Any]:
-    """Write the composed adapter into a folder that does not exist yet, and return its profile. Raises TrainerError."""
-    with fresh_folder(out) as beside:
-        _write_adapter(beside, parts, composition)
-        profile = {
-            "version": VERSION,
-            "base": parts[0].adapter.base,
-            **dataclasses.asdict(settings),
-            "rank": composition.rank,
-            "parts": [
-                {"name": part.adapter.folder.name, "digest": part.adapter.digest, "weight": part.weight}
-                for part in parts
-            ],
-            "digest": read_adapter(beside).digest,
-            "largestError": composition.largest_error,
-            "errors": dict(composition.errors),
-        }
-        write_json(beside / PROFILE, profile)
-    return profile
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One adapter of a profile."""
+
+    name: str
+    source: str
+    """Path, in a file relative to it, or URL."""
+    digest: str
+    """Of the adapter; empty: whatever the source holds."""
+    weight: float = 1.0
+    revision: str = ""
 
 
-def _write_adapter(folder: pathlib.Path, parts: Sequence[Part], composition: Composition) -> None:
-    from safetensors.torch import save_file
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """What is composed."""
 
-    tensors = {}
-    for name, module in composition.modules.items():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = module.first.contiguous()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = module.second.contiguous()
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": parts[0].adapter.config.get("base_model_name_or_path"),
-        "r": composition.rank,
-        # Alpha over rank is the scale, which the factors already carry.
-        "lora_alpha": composition.rank,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "inference_mode": True,
-        "target_modules": sorted({name.rpartition(".")[2] for name in composition.modules}),
-    }
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    base: str
+    """A digest of the base model; empty when nobody knows it."""
+    entries: tuple[Entry, ...]
+    settings: Settings
+
+    @property
+    def digest(self) -> str:
+        """Digest of everything that decides the composed adapter and its name; 32 hexadecimal digits."""
+        settings: dict[str, Any] = {"method": self.settings.method, "rank": self.settings.rank}
+        if self.settings.method in LOSSY and self.settings.method != "linear":
+            settings |= {"density": self.settings.density, "seed": self.settings.seed}
+        parts = [[entry.name, entry.digest, entry.weight] for entry in self.entries]
+        facts = {"version": VERSION, "base": self.base, **settings, "adapters": parts}
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+
+    @property
+    def name(self) -> str:
+        """What the composition is called: `polite+brief`."""
+        return "+".join(entry.name for entry in self.entries)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the profile as it stands in a file."""
+        entries = [
+            {name: value for name, value in dataclasses.asdict(entry).items() if value != ""} for entry in self.entries
+        ]
+        return {"version": VERSION, "base": self.base, **dataclasses.asdict(self.settings), "adapters": entries}
+
+
+def read_profile(path: pathlib.Path) -> tuple[Profile, dict[str, Any]]:
+    """Return a profile and the results that a composition has written to it, if it has. Raises TrainerError."""
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise _refuse(path, f"cannot be read: {first_line(error)}", "Name a profile in YAML or JSON.") from error
+    if not isinstance(data, dict):
+        raise _refuse(path, "holds no profile", "Write version, base, method and adapters.")
+    _check_keys(path, "", data, _KEYS)
+    if data.get("version") != VERSION:
+        raise _refuse(path, f"version: {data.get('version')!r}", f"This release reads version {VERSION}.")
+    base = data.get("base")
+    if not isinstance(base, str) or not is_digest(base):
+        hint = "Write the digest that `finetune-trainer adapters inspect MODEL` prints as base."
+        raise _refuse(path, f"base: {base!r} is no digest of a model", hint)
+    entries = data.get("adapters")
+    if not isinstance(entries, list) or not entries:
+        raise _refuse(path, "adapters: no list of adapters", "Write at least one, with name, source and digest.")
+    parsed = tuple(_parse_entry(path, index, entry) for index, entry in enumerate(entries))
+    names = [entry.name for entry in parsed]
+    if twice := next((name for name in names if names.count(name) > 1), ""):
+        raise _refuse(path, f"adapters: {twice} stands there twice", "Give every adapter a name of its own.")
+    results = data.get(COMPOSITION)
+    return Profile(base, parsed, _parse_settings(path, data)), results if isinstance(results, dict) else {}
+
+
+def check_settings(settings: Settings, label: str) -> None:
+    """Raise TrainerError, beginning with `label`, for settings that no method takes."""
+    if settings.method not in METHODS:
+        hint = f"Use one of {', '.join(METHODS)}."
+        raise TrainerError(
+            Reason.INVALID_CONFIG, ExitCode.USAGE, f"{label}method: {settings.method!r} is not known", hint
+        )
+    if settings.rank < 0 or not 0 < settings.density <= 1:
+        message = f"{label}rank {settings.rank}, density {settings.density}"
+        hint = "A rank is not negative, a density above 0 and at most 1."
+        raise TrainerError(Reason.INVALID_CONFIG, ExitCode.USAGE, message, hint)
+
+
+def _parse_settings(path: pathlib.Path, data: Mapping[str, Any]) -> Settings:
+    given = {}
+    for field, kinds in (("method", (str,)), ("rank", (int,)), ("density", (int, float)), ("seed", (int,))):
+        if field not in data:
+            continue
+        if not isinstance(data[field], kinds) or isinstance(data[field], bool):
+            hint = f"Write a {'text' if str in kinds else 'number'}."
+            raise _refuse(path, f"{field}: {data[field]!r}", hint)
+        given[field] = data[field]
+    settings = Settings(**given)
+    check_settings(settings, f"--profile {path}: ")
+    return settings
+
+
+def _parse_entry(path: pathlib.Path, index: int, data: Any) -> Entry:
+    where = f"adapters[{index}]"
+    if not isinstance(data, dict):
+        raise _refuse(path, f"{where}: {data!r}", "Write name, source and digest.")
+    _check_keys(path, f"{where}.", data, _ENTRY_KEYS)
+    for field in ("name", "source", "digest"):
+        if not isinstance(data.get(field), str) or not data[field]:
+            hint = "Write it; `finetune-trainer adapters inspect DIR` prints an adapter's digest."
+            raise _refuse(path, f"{where}.{field}: missing or no text", hint)
+    weight = data.get("weight", 1.0)
+    if not isinstance(weight, int | float) or isinstance(weight, bool) or not math.isfinite(weight):
+        raise _refuse(path, f"{where}.weight: {weight!r} is no weight", "Write a number, as in 0.7.")
+    return Entry(data["name"], data["source"], data["digest"], float(weight), str(data.get("revision") or ""))
+
+
+def _check_keys(path: pathlib.Path, where: str, data: Mapping[Any, Any], known: set[str]) -> None:
+    unknown = sorted(str(key) for key in data if key not in known)
+    if unknown:
+        raise _refuse(path, f"{where}{unknown[0]}: unknown", f"Known are {', '.join(sorted(known))}.")
+
+
+def _refuse(path: pathlib.Path, why: str, hint: str) -> TrainerError:
+    return TrainerError(Reason.INVALID_CONFIG, ExitCode.CONFIG, f"--profile {path}: {why}", hint)

@@ -1,9 +1,10 @@
-"""`finetune-trainer adapters`: look into LoRA adapters, and compose several over one base into one."""
+"""`finetune-trainer adapters`: look into LoRA adapters and their bases, and compose several into one."""
 
 from __future__ import annotations
 
 import json
 import pathlib
+import tempfile
 from typing import TYPE_CHECKING, Any
 
 from finetune_contract.reports import ExitCode, Reason
@@ -13,6 +14,10 @@ if TYPE_CHECKING:
     import argparse
 
     from finetune_trainer.adapters.compose import Part
+    from finetune_trainer.adapters.profile import Profile
+
+_SETTINGS = ("method", "rank", "density", "seed")
+"""Options that a profile stands for."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,25 +26,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     inspect = actions.add_parser("inspect", help="tell what adapters hold", description="Tell what adapters hold.")
-    inspect.add_argument("folders", metavar="DIR", nargs="+", type=pathlib.Path, help="adapter or promoted model")
+    inspect.add_argument(
+        "folders", metavar="DIR", nargs="+", type=pathlib.Path, help="adapter, promoted model, or base model"
+    )
     compose = actions.add_parser(
         "compose", help="make one adapter of several", description="Make one adapter of several, in this order."
     )
+    _add_parts(compose)
     compose.add_argument(
-        "--adapter", metavar="DIR[=WEIGHT]", action="append", required=True, help="a part; its weight is 1 by default"
+        "--model", metavar="DIR", type=pathlib.Path, help="their base: checked, and named in the result"
     )
     compose.add_argument("--out", metavar="DIR", type=pathlib.Path, required=True, help="folder to write; new")
     compose.add_argument(
         "--method",
         choices=METHODS,
-        default="concatenate",
         help="concatenate and svd are exact at the summed rank; the others are lossy (default: concatenate)",
     )
-    compose.add_argument("--rank", type=int, default=0, help="largest rank of the result (default: the parts' sum)")
-    compose.add_argument("--density", type=float, default=0.5, help="share that ties and dare keep (default: 0.5)")
-    compose.add_argument("--seed", type=int, default=0, help="seed of dare")
+    compose.add_argument("--rank", type=int, help="largest rank of the result (default: the parts' sum)")
+    compose.add_argument("--density", type=float, help="share that ties and dare keep (default: 0.5)")
+    compose.add_argument("--seed", type=int, help="seed of dare (default: 0)")
     for action in (inspect, compose):
         action.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_parts(parser: argparse.ArgumentParser) -> None:
+    parts = parser.add_mutually_exclusive_group(required=True)
+    parts.add_argument("--adapter", metavar="DIR[=WEIGHT]", action="append", help="a part; its weight is 1 by default")
+    parts.add_argument(
+        "--profile", metavar="FILE", type=pathlib.Path, help="profile (YAML), or composition.json of an earlier run"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -53,9 +68,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> list[dict[str, Any]]:
-    from finetune_trainer.adapters.folder import read_adapter
+    from finetune_trainer.adapters.base import read_model_base
+    from finetune_trainer.adapters.folder import CONFIG, read_adapter
 
-    return [_describe(read_adapter(folder)) for folder in args.folders]
+    facts: list[dict[str, Any]] = []
+    for folder in args.folders:
+        has_adapter = (folder / CONFIG).is_file() or (folder / "adapter" / CONFIG).is_file()
+        if not has_adapter and (folder / "config.json").is_file():
+            facts.append({"path": str(folder), "base": read_model_base(folder).digests[0]})
+        else:
+            facts.append(_describe(read_adapter(folder)))
+    return facts
 
 
 def _describe(adapter: Any) -> dict[str, Any]:
@@ -63,7 +86,7 @@ def _describe(adapter: Any) -> dict[str, Any]:
     return {
         "path": str(adapter.folder),
         "digest": adapter.digest,
-        "base": adapter.base,
+        "base": adapter.base.label,
         "rank": adapter.rank,
         "modules": len(modules),
         "targets": sorted({name.rpartition(".")[2] for name in modules}),
@@ -74,31 +97,62 @@ def _describe(adapter: Any) -> dict[str, Any]:
 
 
 def _compose(args: argparse.Namespace) -> dict[str, Any]:
-    from finetune_trainer.adapters.compose import Settings, compose
-    from finetune_trainer.adapters.profile import write_composition
+    from finetune_trainer.adapters.composition import check_base, read_parts, write_composition
+    from finetune_trainer.adapters.profile import COMPOSITION
     from finetune_trainer.weight_diff.tensors import invalid
 
     if args.out.exists():
         raise invalid("--out", f"{args.out} exists", "Name a folder that does not exist yet.")
-    if args.rank < 0 or not 0 < args.density <= 1:
-        message = f"--rank {args.rank}, --density {args.density}"
-        raise TrainerError(
-            Reason.INVALID_CONFIG, ExitCode.USAGE, message, "A rank is not negative, a density above 0 and at most 1."
-        )
+    with tempfile.TemporaryDirectory(prefix="adapters-") as downloads:
+        if args.profile is None:
+            profile, parts = _read_flags(args)
+            expected = ""
+        else:
+            _refuse_beside_profile(args)
+            profile, parts, expected = read_parts(args.profile, pathlib.Path(downloads))
+        check_base(parts, profile, args.model)
+        facts = write_composition(args.out, profile, parts, expected)
+    results: dict[str, Any] = facts.pop(COMPOSITION)
+    results.pop("errors")
+    return {**facts, **results}
+
+
+def _read_flags(args: argparse.Namespace) -> tuple[Profile, list[Part]]:
+    from finetune_trainer.adapters.base import read_model_base
+    from finetune_trainer.adapters.compose import Settings
+    from finetune_trainer.adapters.composition import make_profile
+    from finetune_trainer.adapters.profile import check_settings
+
+    given = {name: getattr(args, name) for name in _SETTINGS if getattr(args, name) is not None}
+    settings = Settings(**given)
+    check_settings(settings, "--")
     parts = [_read_part(text) for text in args.adapter]
-    settings = Settings(args.method, args.rank, args.density, args.seed)
-    profile = write_composition(args.out, parts, settings, compose(parts, settings))
-    profile.pop("errors")
-    return profile
+    names = [_split(text)[0].name or part.adapter.folder.name for text, part in zip(args.adapter, parts, strict=True)]
+    base = read_model_base(args.model).digests[0] if args.model is not None else ""
+    return make_profile(parts, settings, names, base), parts
+
+
+def _refuse_beside_profile(args: argparse.Namespace) -> None:
+    for name in _SETTINGS:
+        if getattr(args, name) is not None:
+            message = f"--{name} beside --profile"
+            hint = f"Write {name} in the profile, whose digest it is part of."
+            raise TrainerError(Reason.INVALID_CONFIG, ExitCode.USAGE, message, hint)
 
 
 def _read_part(text: str) -> Part:
     from finetune_trainer.adapters.compose import Part
     from finetune_trainer.adapters.folder import read_adapter
 
+    folder, weight = _split(text)
+    return Part(read_adapter(folder), weight)
+
+
+def _split(text: str) -> tuple[pathlib.Path, float]:
+    """Return folder and weight of `DIR=WEIGHT`."""
     folder, separator, weight = text.rpartition("=")
     try:
-        return Part(read_adapter(pathlib.Path(folder if separator else text)), float(weight) if separator else 1.0)
+        return pathlib.Path(folder if separator else text), float(weight) if separator else 1.0
     except ValueError as error:
         raise TrainerError(
             Reason.INVALID_CONFIG,
