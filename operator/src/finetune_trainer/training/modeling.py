@@ -119,11 +119,11 @@ def build_empty_model(folder: pathlib.Path, dtype: str, trust_remote_code: bool 
 
 def choose_attention(config: Any) -> str:
     """Return the attention code to use: the same in training, evaluation and generation."""
-    from transformers import AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     # Some know only their own: MPT with its ALiBi, Gemma 2 with capped scores. The mapping is what the library picks
     # the class by; code that came with the model is not in it, and every such code has an eager way.
-    architecture = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    architecture = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     return "sdpa" if getattr(architecture, "_supports_sdpa", False) else "eager"
 
 
