@@ -33,7 +33,7 @@ COMMANDS = {
     "publish": "copy the promoted model to its destinations",
     "serve": "answer OpenAI-compatible requests with a model",
     "generate": "answer prompts from a file or the command line with a model",
-    "adapters": "look into LoRA adapters, and compose several over one base into one",
+    "adapters": "look into LoRA adapters, compose several over one base into one, and measure what comes of it",
     "weight-diff": "make, apply and verify the difference of a tuned model from its base, exact to the bit",
     "checkpoints": "tell which checkpoints are whole, plan their room, prune and repair them; those of any Trainer",
 }

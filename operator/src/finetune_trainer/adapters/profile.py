@@ -36,7 +36,9 @@ if TYPE_CHECKING:
 
 VERSION = 1
 COMPOSITION = "composition"
-"""Key of what a composition adds to its profile: the results."""
+"""Key of what a composition adds to its profile: the results; and what it is called where it is measured."""
+BASE = "base"
+"""What the model without adapters is called where a composition is measured."""
 _KEYS = {"version", "base", "method", "rank", "density", "seed", "adapters", COMPOSITION}
 _ENTRY_KEYS = {"name", "source", "revision", "digest", "weight"}
 
@@ -108,6 +110,8 @@ def read_profile(path: pathlib.Path) -> tuple[Profile, dict[str, Any]]:
     names = [entry.name for entry in parsed]
     if twice := next((name for name in names if names.count(name) > 1), ""):
         raise _refuse(path, f"adapters: {twice} stands there twice", "Give every adapter a name of its own.")
+    if taken := next((name for name in names if name in (BASE, COMPOSITION)), ""):
+        raise _refuse(path, f"adapters: the name {taken} stands for something else", "Give it another name.")
     results = data.get(COMPOSITION)
     return Profile(base, parsed, _parse_settings(path, data)), results if isinstance(results, dict) else {}
 

@@ -1,17 +1,20 @@
-"""`finetune-trainer adapters`: look into LoRA adapters and their bases, and compose several into one."""
+"""`finetune-trainer adapters`: look into LoRA adapters and their bases, compose several into one, and measure that."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pathlib
 import tempfile
 from typing import TYPE_CHECKING, Any
 
 from finetune_contract.reports import ExitCode, Reason
+from finetune_trainer.commands import adapters_measure
 from finetune_trainer.errors import TrainerError
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Iterator
 
     from finetune_trainer.adapters.compose import Part
     from finetune_trainer.adapters.profile import Profile
@@ -22,8 +25,6 @@ _SETTINGS = ("method", "rank", "density", "seed")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the actions."""
-    from finetune_trainer.adapters.compose import METHODS
-
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     inspect = actions.add_parser("inspect", help="tell what adapters hold", description="Tell what adapters hold.")
     inspect.add_argument(
@@ -37,16 +38,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", metavar="DIR", type=pathlib.Path, help="their base: checked, and named in the result"
     )
     compose.add_argument("--out", metavar="DIR", type=pathlib.Path, required=True, help="folder to write; new")
-    compose.add_argument(
+    _add_settings(compose)
+    measure = actions.add_parser(
+        "measure",
+        help="measure a composition beside its base and each part alone",
+        description="Measure a composition beside its base and each part alone.",
+    )
+    _add_parts(measure)
+    adapters_measure.add_arguments(measure)
+    _add_settings(measure)
+    for action in (inspect, compose, measure):
+        action.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    from finetune_trainer.adapters.compose import METHODS
+
+    parser.add_argument(
         "--method",
         choices=METHODS,
         help="concatenate and svd are exact at the summed rank; the others are lossy (default: concatenate)",
     )
-    compose.add_argument("--rank", type=int, help="largest rank of the result (default: the parts' sum)")
-    compose.add_argument("--density", type=float, help="share that ties and dare keep (default: 0.5)")
-    compose.add_argument("--seed", type=int, help="seed of dare (default: 0)")
-    for action in (inspect, compose):
-        action.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--rank", type=int, help="largest rank of the result (default: the parts' sum)")
+    parser.add_argument("--density", type=float, help="share that ties and dare keep (default: 0.5)")
+    parser.add_argument("--seed", type=int, help="seed of dare (default: 0)")
 
 
 def _add_parts(parser: argparse.ArgumentParser) -> None:
@@ -58,7 +73,11 @@ def _add_parts(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Inspect or compose."""
+    """Inspect, compose or measure."""
+    if args.action == "measure":
+        with _reading(args) as (profile, parts, expected):
+            adapters_measure.run(args, profile, parts, expected)
+        return ExitCode.OK
     facts = _inspect(args) if args.action == "inspect" else _compose(args)
     if args.json:
         print(json.dumps(facts))
@@ -97,24 +116,31 @@ def _describe(adapter: Any) -> dict[str, Any]:
 
 
 def _compose(args: argparse.Namespace) -> dict[str, Any]:
-    from finetune_trainer.adapters.composition import check_base, read_parts, write_composition
+    from finetune_trainer.adapters.composition import check_base, write_composition
     from finetune_trainer.adapters.profile import COMPOSITION
     from finetune_trainer.weight_diff.tensors import invalid
 
     if args.out.exists():
         raise invalid("--out", f"{args.out} exists", "Name a folder that does not exist yet.")
-    with tempfile.TemporaryDirectory(prefix="adapters-") as downloads:
-        if args.profile is None:
-            profile, parts = _read_flags(args)
-            expected = ""
-        else:
-            _refuse_beside_profile(args)
-            profile, parts, expected = read_parts(args.profile, pathlib.Path(downloads))
+    with _reading(args) as (profile, parts, expected):
         check_base(parts, profile, args.model)
         facts = write_composition(args.out, profile, parts, expected)
     results: dict[str, Any] = facts.pop(COMPOSITION)
     results.pop("errors")
     return {**facts, **results}
+
+
+@contextlib.contextmanager
+def _reading(args: argparse.Namespace) -> Iterator[tuple[Profile, list[Part], str]]:
+    """Yield the profile, its adapters, and the digest that their composition has to have, if one is known."""
+    from finetune_trainer.adapters.composition import read_parts
+
+    with tempfile.TemporaryDirectory(prefix="adapters-") as downloads:
+        if args.profile is None:
+            yield (*_read_flags(args), "")
+        else:
+            _refuse_beside_profile(args)
+            yield read_parts(args.profile, pathlib.Path(downloads))
 
 
 def _read_flags(args: argparse.Namespace) -> tuple[Profile, list[Part]]:

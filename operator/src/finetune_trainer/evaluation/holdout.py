@@ -32,7 +32,7 @@ def score_holdout(model: Any, rows: TokenizedRows, pad_token_id: int) -> tuple[d
     collate = Collator(pad_token_id, packed=False)
     paid: list[tuple[float, int]] = []
     with torch.inference_mode():
-        for batch in _batches(rows.rows):
+        for batch in batch_rows(rows.rows):
             inputs = {name: tensor.to(model.device) for name, tensor in collate(batch).items()}
             labels = inputs.pop("labels")[:, 1:]
             logits = model(**inputs, use_cache=False).logits[:, :-1].float()
@@ -42,22 +42,22 @@ def score_holdout(model: Any, rows: TokenizedRows, pad_token_id: int) -> tuple[d
             sums = losses.view(labels.shape).double().sum(1).tolist()
             paid += zip(sums, (labels != IGNORED).sum(1).tolist(), strict=True)
     loss = sum(total for total, _ in paid) / sum(count for _, count in paid)
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}, {"loss": _estimate_error(paid, loss)}
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}, {"loss": estimate_error(paid, loss)}
 
 
-def _estimate_error(paid: Sequence[tuple[float, int]], loss: float) -> float:
+def estimate_error(paid: Sequence[tuple[float, int]], loss: float) -> float:
     """Return the standard error of a ratio of sums over rows, which vary as wholes (Cochran 1977, 6.4)."""
     num_tokens = sum(count for _, count in paid)
     squares = sum((total - loss * count) ** 2 for total, count in paid)
     return math.sqrt(squares * len(paid) / max(len(paid) - 1, 1)) / num_tokens
 
 
-def _batches(rows: Iterable[TokenRow]) -> Iterator[list[dict[str, Any]]]:
+def batch_rows(rows: Iterable[TokenRow], max_tokens: int = BATCH_TOKENS) -> Iterator[list[dict[str, Any]]]:
     """Yield rows of like length together, so that little is padding."""
     batch: list[dict[str, Any]] = []
     for row in sorted(rows, key=lambda row: -len(row.input_ids)):
         longest = len(batch[0]["input_ids"]) if batch else 0
-        if batch and longest * (len(batch) + 1) > BATCH_TOKENS:
+        if batch and longest * (len(batch) + 1) > max_tokens:
             yield batch
             batch = []
         batch.append({"input_ids": row.input_ids, "labels": row.labels})
