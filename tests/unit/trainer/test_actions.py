@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from finetune_contract.reports import ExitCode
 from finetune_contract.run_config import FilterActions, FilterConfig
-from finetune_trainer.data.cutting import cut_sentences
+from finetune_trainer.data.cutting import cut_sentences, find_before_cut
 from finetune_trainer.data.findings import Finding, Verdict
 from finetune_trainer.data.formats import parse_row
 from finetune_trainer.data.refusals import make_filter
@@ -152,3 +152,12 @@ def test_cutting_only_takes_away(text, places):
     assert all(character in remaining for character in left)
     for start, end in spans:
         assert text[start:end].strip() == "" or len(left) < len(text)
+
+
+def test_a_span_over_a_gap_stands_for_the_whole_text():
+    original = "Tea is hot. I am no doctor. Drink it."
+    left = cut_sentences(original, [(12, 16)])
+
+    assert left == "Tea is hot. Drink it."
+    assert find_before_cut(original, left, (12, 17)) == (28, 33)
+    assert find_before_cut(original, left, (7, 17)) == (0, len(original))

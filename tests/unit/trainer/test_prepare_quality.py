@@ -38,6 +38,24 @@ def prepare(rows: pathlib.Path, folder: pathlib.Path, quality: QualityConfig, nu
     Preparation(config, folder, TokenCounter(None, "alpaca")).run([source], num_workers=num_workers)
 
 
+def test_a_span_lies_in_the_row_as_it_was_read_whatever_was_cut_from_it(run_command, tmp_path):
+    answer = "This is not intended as medical advice. Tea is hot. Ask Ada, at ada@uni-koeln.de, who knows."
+    source = write_rows(tmp_path / "rows.jsonl", [{"instruction": "Tea?", "output": answer}, ROWS[0]])
+
+    outcome = run_command(
+        *("prepare", "--source", str(source), "--out", str(tmp_path / "out")),
+        *("--action", "disclaimer=remove-sentence", "--quality", "pii"),
+    )
+
+    assert outcome.code == 0
+    (removed,) = read_lines(tmp_path / "out" / "removed.jsonl")
+    assert removed["rule"] == "pii-email"
+    start, end = removed["span"]
+    assert answer[start:end] == "ada@uni-koeln.de"
+    samples = read_lines(tmp_path / "out" / "samples.jsonl")
+    assert [sample["found"] for sample in samples if sample["rule"] == "pii-email"] == ["ada@uni-koeln.de"]
+
+
 def test_each_check_removes_or_flags_what_it_finds(run_command, tmp_path):
     (tmp_path / "tasks.txt").write_text(QUESTION + "\n")
     outcome = run_command(

@@ -27,6 +27,14 @@ def cut_sentences(text: str, spans: Iterable[tuple[int, int]]) -> str:
     return text
 
 
+def find_before_cut(original: str, left: str, span: tuple[int, int]) -> tuple[int, int]:
+    """Return where a span of the text that is left lay in the original; all of it if it reaches over a gap."""
+    start, end = span
+    # Cutting moves text to the front only.
+    found = original.find(left[start:end], start)
+    return (0, len(original)) if found < 0 else (found, found + end - start)
+
+
 def _widen(text: str, start: int, end: int) -> tuple[int, int]:
     """Return where the sentences begin and end that a span touches; a newline that ends the last one stays."""
     first = 0

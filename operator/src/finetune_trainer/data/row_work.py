@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import orjson
 
 from finetune_trainer.data import output
+from finetune_trainer.data.cutting import find_before_cut
 from finetune_trainer.data.findings import Action, Finding, Verdict
 from finetune_trainer.data.formats import Conversation, RowError, parse_row
 from finetune_trainer.data.judge import make_finding, select
@@ -178,9 +179,11 @@ class RowWork:
             return verdict
         if not self._makes_checks and self._contamination is None:
             return verdict
-        found = self._checks.check(verdict.conversation)
+        found = [*self._checks.check(verdict.conversation)]
         overlap = None if self._contamination is None else self._contamination.find(verdict.conversation)
-        return _add_findings(verdict, *found, *(() if overlap is None else (overlap,)))
+        if overlap is not None:
+            found.append(overlap)
+        return _add_findings(verdict, *_place(found, conversation, verdict.conversation))
 
     def _ask(self, draft: Draft) -> None:
         """Note what the parent has to be asked, if anything."""
@@ -226,12 +229,13 @@ class RowWork:
             question, row = draft.questions.judge[place], draft.judged[place]
             tally.add_judgement(question.rules_say, removes)
             if removes and question.rules_say == "unsure":
-                row.verdict = _add_findings(row.verdict, make_finding(question))
+                found = _place([make_finding(question)], row.conversation, row.verdict.conversation)
+                row.verdict = _add_findings(row.verdict, *found)
         for place, earlier in answers.duplicate_of.items():
             row = draft.judged[place]
             turn, action = row.conversation.turns[0], cast(Action, self._config.quality.duplicates)
-            found = Finding("duplicate", "duplicates", "", turn.field, (0, len(turn.content)), action)
-            row.verdict, row.duplicate_of = _add_findings(row.verdict, found), earlier
+            copy = Finding("duplicate", "duplicates", "", turn.field, (0, len(turn.content)), action)
+            row.verdict, row.duplicate_of = _add_findings(row.verdict, copy), earlier
 
     def _render_row(self, row: _Judged, task: Task, done: Done) -> tuple[str, bytes, int]:
         """Return the file that a row belongs to, its line, and how often it is written."""
@@ -280,6 +284,21 @@ def _import_fingerprint() -> Callable[[Conversation, QualityConfig], Fingerprint
 
 def _add_findings(verdict: Verdict, *found: Finding) -> Verdict:
     return dataclasses.replace(verdict, findings=(*verdict.findings, *found)) if found else verdict
+
+
+def _place(found: Sequence[Finding], original: Conversation, edited: Conversation) -> Sequence[Finding]:
+    """Return findings in a row without its cut sentences with their spans in the row as it was read."""
+    if edited is original or not found:
+        return found
+    before, after = _list_texts(original), _list_texts(edited)
+    return [
+        dataclasses.replace(one, span=find_before_cut(before[one.field], after[one.field], one.span)) for one in found
+    ]
+
+
+def _list_texts(conversation: Conversation) -> dict[str, str]:
+    texts = {turn.input_field: turn.input for turn in conversation.turns if turn.input_field}
+    return texts | {turn.field: turn.content for turn in conversation.turns}
 
 
 def render_line(value: dict[str, Any]) -> bytes:
