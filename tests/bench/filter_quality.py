@@ -2,7 +2,7 @@
 
 The rows of `tests/data/filter` are judged by the default rules, all languages at once as a job without `language` has
 them, and by the built-in phrase list of legacy mode. A row counts as removed when the verdict removes it. The rules
-were mended by the errors on this set; the held-out rows, by which nobody has, say how they do on new ones.
+were mended by the errors on some of the sets; those by which nobody has say how they do on new rows.
 """
 
 from __future__ import annotations
@@ -21,8 +21,16 @@ from finetune_trainer.data.refusals import RowFilter, make_filter
 from tests.bench.results import REPOSITORY, Result, write_results
 
 LANGUAGES = ("en", "es", "fr", "de", "pt", "zh", "ja")
+CATEGORIES = ("refusal", "disclaimer", "moralising", "identity", "cutoff")
 ROWS = REPOSITORY / "tests" / "data" / "filter"
-HELD_OUT = ROWS / "held-out"
+SETS = {
+    "mended": ROWS,
+    "development": ROWS / "development",
+    "held_out": ROWS / "held-out",
+    "unseen": ROWS / "unseen",
+}
+MENDED_BY = ("mended", "development")
+"""The sets whose errors may be read. Who mends rules by the others has no rows left that are unseen."""
 LEGACY = "legacy phrase list"
 
 
@@ -113,7 +121,7 @@ def score(judged: Sequence[Judged]) -> Score:
 
 
 def list_results(row_sets: Sequence[tuple[str, Sequence[Labelled]]]) -> list[Result]:
-    """Return every metric of the rules beside the phrase list's, for each named set of rows."""
+    """Return every metric of the rules beside the phrase list's, for each set of rows and the suffix of its metrics."""
     rules = make_filter(FilterConfig())
     # The phrase list looks into the answers only, as the rules do: instructions of a trap hold refusals on purpose.
     phrases = make_filter(FilterConfig(rules="legacy", fields=("output",)))
@@ -138,19 +146,42 @@ def format_error(one: Judged) -> str:
     return f"removed {row.language}.jsonl:{row.line} {row.category} ({row.note}) by {found}: {text!r}"
 
 
+def split_rows(suffix: str, rows: Sequence[Labelled]) -> list[tuple[str, Sequence[Labelled]]]:
+    """Return a set as a whole and language by language, each with the suffix of its metrics."""
+    by_language = [
+        (f"{suffix}_{language}", [row for row in rows if row.language == language]) for language in LANGUAGES
+    ]
+    return [(suffix, rows), *by_language]
+
+
+def list_recalls(suffix: str, rows: Sequence[Labelled]) -> list[Result]:
+    """Return what share of the rows of each category the rules remove."""
+    rules = make_filter(FilterConfig())
+    wanted = {category: [row for row in rows if row.category == category and row.is_removal] for category in CATEGORIES}
+    return [
+        Result(f"recall{suffix}_{category}", score(judge(rules, there)).recall, f"of {len(there)} rows")
+        for category, there in wanted.items()
+    ]
+
+
 def main() -> int:
     """Judge and report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--errors", action="store_true", help="print the rows that the rules judge wrongly")
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS), help="judge these sets only")
+    parser.add_argument(
+        "--errors", action="store_true", help="print the rows of the mended sets that are judged wrongly"
+    )
     args = parser.parse_args()
-    rows, held_out = read_labelled(), read_labelled(HELD_OUT)
-    if args.errors:
-        # The held-out rows are not printed: who mends rules by them has none left that are unseen.
-        judged = judge(make_filter(FilterConfig()), rows)
-        print("\n".join(format_error(one) for one in judged if not one.is_right))
-    row_sets = [("", rows), ("_held_out", held_out)]
-    row_sets += [(f"_{language}", [row for row in rows if row.language == language]) for language in LANGUAGES]
-    write_results("filter-quality", list_results(row_sets), rows=len(rows), held_out_rows=len(held_out))
+    row_sets = {name: read_labelled(SETS[name]) for name in args.sets}
+    results = []
+    for name, rows in row_sets.items():
+        if args.errors and name in MENDED_BY:
+            judged = judge(make_filter(FilterConfig()), rows)
+            print("\n".join(format_error(one) for one in judged if not one.is_right))
+        # The first set came when it was the only one, so its metrics have plain names.
+        suffix = "" if name == "mended" else f"_{name}"
+        results += [*list_results(split_rows(suffix, rows)), *list_recalls(suffix, rows)]
+    write_results("filter-quality", results, rows={name: len(rows) for name, rows in row_sets.items()})
     return 0
 
 
