@@ -39,6 +39,8 @@ def test_a_job_goes_from_apply_to_a_served_model(job, kubelet):
         "url": f"http://story.{job.namespace}.svc/v1",
         "model": "story",
         "digest": "abc123",
+        "timeToFirstTokenSeconds": 0.25,
+        "tokensPerSecond": 40.0,
     }
     assert job.jobs() == ["evaluate", "inspect", "prepare", "promote", "train-1"]
     for reason in ("Validated", "DatasetReady", "AttemptStarted", "Promoted", "Succeeded"):
@@ -163,7 +165,7 @@ def test_a_finished_job_gives_up_its_pods_and_never_trains_again(job, kubelet):
     job.wait(lambda status: status["observedGeneration"] == 2)
     assert job.jobs() == []
     assert job.condition("Deployed")["status"] == "True"
-    assert job.child("/apis/apps/v1", "deployments", "story") is not None
+    assert job.versions()
     assert job.child("/api/v1", "persistentvolumeclaims", "story-workspace") is not None
 
 
@@ -172,8 +174,8 @@ def test_a_deleted_job_takes_its_endpoint_and_leaves_its_workspace(job, kubelet)
     job.complete(served=True)
     job.delete()
     eventually(lambda: job.read() is None, within=20, otherwise=job.describe)
+    eventually(lambda: not job.versions(), within=40, otherwise="a version is still there")
     for api, kind, name in (
-        ("/apis/apps/v1", "deployments", "story"),
         ("/api/v1", "services", "story"),
         ("/api/v1", "configmaps", "story-record"),
         ("/apis/batch/v1", "jobs", "story-train-1"),
@@ -189,7 +191,7 @@ def test_a_retained_endpoint_outlives_its_job(job, kubelet):
     job.delete()
     eventually(lambda: job.read() is None, within=20, otherwise=job.describe)
     eventually(lambda: job.child("/apis/batch/v1", "jobs", "story-train-1") is None, within=40)
-    assert job.child("/apis/apps/v1", "deployments", "story") is not None
+    assert job.versions()
 
 
 def test_a_later_job_takes_the_endpoint_over(job, kubelet):
@@ -199,22 +201,50 @@ def test_a_later_job_takes_the_endpoint_over(job, kubelet):
     kubelet.finish_training("later", 1)
     kubelet.finish_phase("later", "promote", digest="def456")
     kubelet.finish_phase("later", "evaluate")
-    eventually(
-        lambda: job.child("/apis/apps/v1", "deployments", "story")["metadata"]["labels"]["finetune.dev/job"] == "later",
-        within=20,
-    )
-    kubelet.answer("story")
+    eventually(lambda: len(job.versions()) == 2, within=20)
+    assert read_live(job) == "abc123"
+    assert job.condition("Deployed")["status"] == "True"
+    kubelet.answer("story", "later")
     assert later.wait_for_state("Succeeded")["serving"]["digest"] == "def456"
+    assert read_live(job) == "def456"
     assert job.wait_for_condition("Deployed", "False", "TakenOver")
     job.delete()
     eventually(lambda: job.read() is None, within=20)
-    assert job.child("/apis/apps/v1", "deployments", "story") is not None
+    assert read_live(job) == "def456"
+
+
+def read_live(job):
+    """Return the digest of the model that the endpoint's Service gives the traffic to."""
+    service = job.child("/api/v1", "services", "story")
+    (live,) = [
+        each
+        for each in job.versions()
+        if each["metadata"]["labels"]["finetune.dev/version"] == service["spec"]["selector"]["finetune.dev/version"]
+    ]
+    digests = {each["metadata"]["annotations"]["finetune.dev/model-digest"] for each in (service, live)}
+    assert len(digests) == 1
+    return digests.pop()
+
+
+def test_a_version_that_answers_nonsense_leaves_the_one_before_answering(job, kubelet):
+    job.apply(**SERVED).prepare()
+    job.complete(served=True)
+    job.patch(inference={"version": "older"})
+    (pod,) = kubelet.wait_for_pods("story", "smoke")
+    kubelet.fail(pod, 65, "SmokePromptFailed", "the smoke prompt was not answered: HTTP 500: boom")
+    stalled = job.wait_for_condition("Stalled", "True", "SmokePromptFailed")
+    assert "HTTP 500: boom" in stalled["message"]
+    assert read_live(job) == "abc123"
+    job.patch(inference={"version": None})
+    job.wait_for_condition("Ready", "True")
+    eventually(lambda: [each["spec"]["replicas"] for each in job.versions()] == [1, 0], within=20)
 
 
 def test_an_endpoint_that_was_damaged_by_hand_is_mended(job, kubelet):
     job.apply(**SERVED).prepare()
     job.complete(served=True)
-    path = f"/apis/apps/v1/namespaces/{job.namespace}/deployments/story"
+    (version,) = job.versions()
+    path = f"/apis/apps/v1/namespaces/{job.namespace}/deployments/{version['metadata']['name']}"
     kubelet.rest.merge(path, {"spec": {"replicas": 0}})
     eventually(lambda: kubelet.rest.get(path)["spec"]["replicas"] == 1, within=20)
 

@@ -220,8 +220,9 @@ def test_prometheus_has_the_jobs_metrics(seen):
 def test_after_its_time_to_live_the_pods_go_and_the_model_is_still_served(seen, world):
     job = seen.job
     _let_finished_pods_go(world, job)
-    endpoint = world.cluster.read("deployment", "story", "-n", job.namespace)
-    assert endpoint["status"]["readyReplicas"] == 1
+    selector = "finetune.dev/endpoint=story"
+    (version,) = world.cluster.read("deployments", "-n", job.namespace, "-l", selector)["items"]
+    assert version["status"]["readyReplicas"] == 1
     assert job.status()["state"] == "Succeeded"
 
 

@@ -193,7 +193,7 @@ def generate(cluster: Cluster, namespace: str, endpoint: str, model: str, *optio
     """Run `finetune-trainer generate` beside the server, on one model of the same workspace."""
     command = ("finetune-trainer", "generate", "--model", model, "--prompt", PROMPT, "--max-new-tokens", "48", "--json")
     command = (*command, *options)
-    output = cluster.run("exec", "-n", namespace, f"deploy/{endpoint}", "--", *command, timeout=300)
+    output = cluster.run("exec", "-n", namespace, f"svc/{endpoint}", "--", *command, timeout=300)
     answer: str = json.loads(output.strip().splitlines()[-1])["text"]
     return answer
 

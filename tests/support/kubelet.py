@@ -57,6 +57,7 @@ DETAILS: dict[str, dict[str, Any]] = {
         "baseline": {"holdout": {"loss": 8.0, "perplexity": 2980.0, "unigram_entropy": 6.1}},
     },
     "publish": {"destinations": ["s3://bucket/models/abc123"]},
+    "smoke": {"time_to_first_token_seconds": 0.25, "tokens_per_second": 40.0, "answer_seconds": 0.6, "tokens": 16},
 }
 """What each phase reports where a test says nothing else."""
 
@@ -211,15 +212,28 @@ class Kubelet:
         for pod in self.wait_for_pods(job, "train", attempt=attempt):
             self.succeed(pod, "train", **details)
 
-    def answer(self, endpoint: str) -> None:
-        """The endpoint's Deployment has all its pods ready."""
-        path = f"/apis/apps/v1/namespaces/{self.namespace}/deployments/{endpoint}"
-        found = eventually(lambda: self.rest.find(path), within=30, every=0.1, otherwise=f"no Deployment {endpoint}")
-        wanted = found["spec"]["replicas"]
+    def answer(self, endpoint: str, job: str = "") -> None:
+        """A job (by default the one named as the endpoint) brings its version to the endpoint: it answers."""
+        holder = job or endpoint
+        path = f"/apis/apps/v1/namespaces/{self.namespace}/deployments"
+        chosen = f"{path}?labelSelector=finetune.dev%2Fendpoint%3D{endpoint},finetune.dev%2Fjob%3D{holder}"
+
+        def look() -> Json | None:
+            found = [each for each in self.rest.items(chosen) if each["spec"]["replicas"]]
+            return max(found, key=lambda each: each["metadata"]["creationTimestamp"], default=None)
+
+        found = eventually(look, within=30, every=0.1, otherwise=f"no version of {endpoint}")
+        name, label = found["metadata"]["name"], found["metadata"]["labels"]["finetune.dev/version"]
+        self.start_version(label, f"{path}/{name}", found["spec"]["replicas"])
+        (pod,) = self.wait_for_pods(holder, "smoke")[:1]
+        self.succeed(pod, "smoke")
+
+    def start_version(self, label: str, path: str, wanted: int) -> None:
+        """All pods of a version of an endpoint run and are ready."""
 
         def is_done() -> bool:
             # The ReplicaSet's pods are real objects: ready ones make the Deployment controller count them.
-            for pod in self.rest.items(f"{self._path('pods')}?labelSelector=finetune.dev%2Fendpoint%3D{endpoint}"):
+            for pod in self.rest.items(f"{self._path('pods')}?labelSelector=finetune.dev%2Fversion%3D{label}"):
                 if pod["metadata"].get("deletionTimestamp"):
                     self.delete(pod)
                 elif pod["status"].get("phase") != "Running":
@@ -231,4 +245,4 @@ class Kubelet:
             return is_current and all(status.get(name, 0) == wanted for name in counts)
 
         # A controller manager whose API server was just restarted by another test takes its time to come back.
-        eventually(is_done, within=150, every=0.2, otherwise=f"Deployment {endpoint} never became available")
+        eventually(is_done, within=150, every=0.2, otherwise=f"{path} never became available")

@@ -88,6 +88,7 @@ class MemoryApi:
         if method == "PATCH":
             self._check_version(current, body)
             current["metadata"] |= {key: value for key, value in body["metadata"].items() if key != "resourceVersion"}
+            current["spec"] = {**current["spec"], **body.get("spec", {})}
             return self._store(plural, name, current)
         self._check_version(current, body)
         if subresource == "status":

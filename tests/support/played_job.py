@@ -90,6 +90,12 @@ class PlayedJob:
         found = self.kubelet.rest.items(f"/apis/batch/v1/namespaces/{self.namespace}/jobs?{selector}")
         return sorted(each["metadata"]["name"].removeprefix(f"{self.name}-") for each in found)
 
+    def versions(self, endpoint: str = "") -> list[Json]:
+        """Return the Deployments of an endpoint, by default its own, oldest first."""
+        selector = f"labelSelector=finetune.dev%2Fendpoint%3D{endpoint or self.name}"
+        found = self.kubelet.rest.items(f"/apis/apps/v1/namespaces/{self.namespace}/deployments?{selector}")
+        return sorted(found, key=lambda each: each["metadata"]["creationTimestamp"])
+
     def record(self) -> Json:
         """Return what the operator remembers."""
         found = self.child("/api/v1", "configmaps", f"{self.name}-record")

@@ -18,10 +18,10 @@ from . import naming, record
 from .connection import APPLY_TYPE, MERGE_TYPE, Connection
 from .errors import ClusterUnavailableError, ConflictError, RefusedError, redact
 from .manifests.memory import build_record_map
-from .observed import Claim, Job, Observed, Pod, view_claim, view_endpoint, view_job, view_pod
+from .observed import Claim, Job, Observed, Pod, view_claim, view_endpoint, view_job, view_pod, view_version
 from .plan import FROZEN_KEY, Plan
 from .record import Record, read_record
-from .steps import Apply, Create, Finish, Object, Reference, Remove, SetFinalizer, Step, Wait, WriteRecord
+from .steps import Apply, Create, Finish, Object, Reference, Remove, Scale, SetFinalizer, Step, Wait, WriteRecord
 from .tokens import review_claims
 
 PLURALS = {
@@ -86,7 +86,6 @@ class Cluster:
             frozen_plan=(frozen.get("data") or {}).get(FROZEN_KEY, "") if frozen and _is_owned(frozen, key.uid) else "",
             jobs=tuple(view_job(each) for each in jobs if _is_owned(each, key.uid)),
             pods=tuple(pod for pod in all_pods if pod.component != Phase.SERVE),
-            serving_pods=tuple(pod for pod in all_pods if pod.component == Phase.SERVE),
             claim=view_claim(claim) if claim else None,
             config_maps=tuple(each["metadata"]["name"] for each in maps if _is_owned(each, key.uid)),
             other_children=(
@@ -110,15 +109,17 @@ class Cluster:
     async def _observe_endpoint(self, key: JobKey, observed: Observed) -> Observed:
         if not (observed.record.has_done(Phase.TRAIN) or observed.has_finalizer):
             return observed
-        deployment, service = await asyncio.gather(
-            self._read("apps/v1", "deployments", key.namespace, key.names.endpoint),
-            self._read("v1", "services", key.namespace, key.names.endpoint),
-        )
-        labels = ((service or {}).get("metadata") or {}).get("labels") or {}
+        selector = {"labelSelector": f"{naming.LABEL_ENDPOINT}={key.names.endpoint}"}
+        # Deployments before their pods, for the same reason as Jobs; the Service, which says who is live, first.
+        service = await self._read("v1", "services", key.namespace, key.names.endpoint)
+        deployments = await self._list("apps/v1", "deployments", key.namespace, selector)
+        pods = await self._list("v1", "pods", key.namespace, selector)
+        versions = tuple(view_version(each) for each in deployments)
         return dataclasses.replace(
             observed,
-            endpoint=view_endpoint(deployment) if deployment else None,
-            endpoint_service_is_foreign=service is not None and naming.LABEL_ENDPOINT not in labels,
+            endpoint=view_endpoint(service, versions) if service else None,
+            versions=versions,
+            serving_pods=tuple(view_pod(each) for each in pods),
         )
 
     async def _observe_trouble(self, key: JobKey, observed: Observed) -> Observed:
@@ -169,6 +170,8 @@ class Cluster:
                 await self._apply(objects)
             case Remove(references=references):
                 await self.delete(plan.namespace, references)
+            case Scale():
+                await self._scale(plan.namespace, step)
             case WriteRecord(record=record):
                 await self._write_record(plan, record, version)
             case SetFinalizer(is_wanted=is_wanted):
@@ -212,6 +215,16 @@ class Cluster:
             if each.uid:
                 options["preconditions"] = {"uid": each.uid}
             await self.connection.request("DELETE", path, options)
+
+    async def _scale(self, namespace: str, step: Scale) -> None:
+        await self.delete(namespace, step.surplus)
+        metadata: Json = {}
+        if step.job[0]:
+            name, uid = step.job
+            metadata = {"labels": {naming.LABEL_JOB: name}, "annotations": {naming.ANNOTATION_JOB_UID: uid}}
+        patch = {"metadata": metadata, "spec": {"replicas": step.replicas}}
+        path = f"/apis/apps/v1/namespaces/{namespace}/deployments/{step.name}"
+        await self.connection.request("PATCH", path, patch, _manager(), MERGE_TYPE)
 
     async def _write_record(self, plan: Plan, new: Record, version: str) -> None:
         item = build_record_map(plan, new)

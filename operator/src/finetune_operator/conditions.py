@@ -88,6 +88,8 @@ class Reason(enum.StrEnum):
     SERVING = "Serving"
     ENDPOINT_TAKEN = "EndpointTaken"
     ENDPOINT_UNHEALTHY = "EndpointUnhealthy"
+    SMOKE_PROMPT_FAILED = "SmokePromptFailed"
+    VERSION_REFUSED = "VersionRefused"
     TAKEN_OVER = "TakenOver"
     SUCCEEDED = "Succeeded"
     DELETING = "Deleting"

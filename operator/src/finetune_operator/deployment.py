@@ -1,29 +1,86 @@
-"""The endpoint: making it, keeping it as it should be, giving it up. Called by `lifecycle`. Pure."""
+"""The endpoint: bringing a version to it, keeping it as it should be, giving it up. Called by `lifecycle`. Pure.
+
+A version takes the traffic when its pods are ready and it has answered the smoke prompt; until then, and for a while
+after, the version before it stays as it was. What is live is what the endpoint's Service says.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import datetime
+import json
 
+from finetune_contract.smoke_prompt import EXIT_NO_ANSWER
+
+from . import naming
 from .conditions import Reason, Type
-from .manifests.inference import build_endpoint, serving_digest
+from .manifests.inference import (
+    Served,
+    build_companions,
+    build_served,
+    build_service,
+    build_smoke_job,
+    choose_start_seconds,
+    serving_digest,
+)
 from .naming import Names
-from .observed import Observed
+from .observed import Endpoint, Job, Observed, Pod, Version
 from .policies.blockers import find_pod_blocker
 from .record import Terminal, to_text
-from .steps import Finish, Object, Reference, Remove, SetFinalizer, Situation, Step, Wait, WriteRecord
+from .steps import (
+    Apply,
+    Create,
+    Finish,
+    Object,
+    Reference,
+    Remove,
+    Scale,
+    SetFinalizer,
+    Situation,
+    Step,
+    Wait,
+    WriteRecord,
+)
 from .view import View, block
 
 DEPLOYING = Situation("Deploying", Reason.DEPLOYING, "the endpoint is starting", condition=Type.DEPLOYED)
 CRASH_REASONS = frozenset({"CrashLoopBackOff"})
+PROVING_SECONDS = 30
+"""How long a version must have had the traffic before the one before it goes."""
+KEPT_VERSIONS = 3
+"""Versions without pods that an endpoint keeps to go back to."""
+COMPANIONS = (("v1", "Service"),)
+"""What goes with the pods of a version, under the same name."""
 
 
-def list_endpoint(names: Names) -> tuple[Reference, ...]:
-    """Return the objects of an endpoint."""
-    return (
-        Reference("apps/v1", "Deployment", names.endpoint),
-        Reference("v1", "Service", names.endpoint),
-        Reference("v1", "ConfigMap", names.serving_map),
-    )
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """The version that is to be live."""
+
+    served: Served
+    found: Version | None
+    """Its Deployment, as it is."""
+    is_ours: bool = True
+    """It is built from the plan; else it is one that stayed from earlier, and is taken as it is."""
+
+
+def choose_target(view: View) -> Target:
+    """Return the version that is to be live: of an earlier digest the very pods that served it, if they are known."""
+    plan, observed = view.plan, view.observed
+    served = build_served(plan, view.record)
+    found = observed.version(served.label)
+    # Another job's model lies on another workspace: only the pods that it was served by can reach it.
+    others = [each for each in observed.versions if each.digest == served.digest and _is_elsewhere(view, each)]
+    if found is not None or not plan.serving.version or not others:
+        return Target(served, found)
+    newest = max(others, key=lambda each: str(each.created_at or ""))
+    objects = build_companions(plan, newest.label, newest.digest)
+    return Target(Served(newest.label, newest.name, newest.digest, objects), newest, is_ours=False)
+
+
+def _is_elsewhere(view: View, version: Version) -> bool:
+    workspace = view.plan.workspace
+    return version.label != naming.FIRST_VERSION and version.workspace != (workspace.claim, workspace.sub_path)
 
 
 def is_holder(observed: Observed, uid: str) -> bool:
@@ -37,41 +94,240 @@ def next_endpoint_step(view: View) -> Step | None:
     if not plan.serving.is_enabled:
         return _give_up(view)
     endpoint = observed.endpoint
-    if (endpoint is not None and not endpoint.is_ours) or observed.endpoint_service_is_foreign:
+    if endpoint is not None and not endpoint.is_ours:
         message = (
-            f"inference.endpoint: the name {plan.names.endpoint} is taken by a Deployment or Service in namespace "
-            f"{plan.namespace} that is no endpoint: write another name, or remove that object"
+            f"inference.endpoint: the name {plan.names.endpoint} is taken by a Service in namespace {plan.namespace} "
+            "that is no endpoint: write another name, or remove that object"
         )
         return Wait(Situation("Deploying", Reason.ENDPOINT_TAKEN, message, is_stalled=True, condition=Type.DEPLOYED))
-    if observed.has_finalizer == plan.serving.is_retained:
-        return SetFinalizer(not plan.serving.is_retained, DEPLOYING)
-    digest = serving_digest(plan, view.record)
-    if endpoint is not None and is_holder(observed, plan.uid) and endpoint.digest == digest and endpoint.is_ready:
+    target = choose_target(view)
+    is_live = endpoint is not None and is_holder(observed, plan.uid) and endpoint.version == target.served.label
+    # A retained endpoint outlives its job; what has not become one goes with it.
+    if observed.has_finalizer == (plan.serving.is_retained and is_live):
+        return SetFinalizer(not observed.has_finalizer, DEPLOYING)
+    if endpoint is None:
+        return Apply((build_service(plan, naming.NO_VERSION, ""),), DEPLOYING)
+    step = _retire_surplus(view, target, endpoint)
+    if step is not None:
+        return step
+    return _next_when_live(view, target, endpoint) if is_live else _next_before_live(view, target, endpoint)
+
+
+def _next_before_live(view: View, target: Target, endpoint: Endpoint) -> Step:
+    plan, found = view.plan, target.found
+    if endpoint.refused == target.served.label and is_holder(view.observed, plan.uid):
+        return Wait(_describe_refused(view, target))
+    if found is None:
+        return Apply(target.served.objects, DEPLOYING)
+    if not target.is_ours and (found.replicas != plan.serving.replicas or found.job_uid != plan.uid):
+        return Scale(found.name, plan.serving.replicas, DEPLOYING, (plan.name, plan.uid))
+    if plan.serving.replicas == 0:
+        return Apply((_build_live(view, target, endpoint, {}),), DEPLOYING)
+    job = view.observed.job(plan.names.smoke_job(target.served.label))
+    if job is None:
+        asking = build_smoke_job(plan, target.served.label, found.image, choose_start_seconds(plan, view.record))
+        return Create((*(() if target.is_ours else target.served.objects), asking), DEPLOYING)
+    if job.is_deleting or not (job.is_failed or job.is_succeeded):
+        return Wait(_describe(view, target), kept=target.served.objects)
+    return _judge_smoke(view, target, endpoint, job)
+
+
+def _judge_smoke(view: View, target: Target, endpoint: Endpoint, job: Job) -> Step:
+    """Give the version the traffic when it has answered the smoke prompt and all its pods are ready."""
+    is_ready = target.found is not None and target.found.is_ready and target.found.replicas > 0
+    exits = [pod.exit for pod in view.observed.pods_of(job) if pod.exit is not None]
+    report = next((each.report for each in exits if each.report is not None), None)
+    is_late = job.is_failed and is_ready and any(each.code == EXIT_NO_ANSWER for each in exits)
+    if is_late or (job.is_succeeded and report is None):
+        # The pods came up after all, or what the Job measured is lost: it is asked again.
+        return Remove((_refer(job),), DEPLOYING)
+    if job.is_failed:
+        return Wait(_describe_smoke_failure(view, target, job), kept=target.served.objects)
+    if is_ready and report is not None:
+        return Apply((_build_live(view, target, endpoint, dict(report.details)),), DEPLOYING)
+    return Wait(_describe(view, target), kept=target.served.objects)
+
+
+def _build_live(view: View, target: Target, endpoint: Endpoint, figures: dict[str, float]) -> Object:
+    """Return the Service with the traffic on the target."""
+    previous = "" if endpoint.version == naming.NO_VERSION else endpoint.version
+    annotations = {
+        naming.ANNOTATION_SMOKE: json.dumps(figures, sort_keys=True),
+        naming.ANNOTATION_SWITCHED: to_text(view.now),
+        naming.ANNOTATION_PREVIOUS: previous,
+    }
+    return build_service(view.plan, target.served.label, target.served.digest, annotations)
+
+
+def _keep_live(view: View, endpoint: Endpoint) -> Object:
+    """Return the Service as it is, against drift."""
+    annotations = {
+        naming.ANNOTATION_SMOKE: json.dumps(dict(endpoint.figures), sort_keys=True),
+        naming.ANNOTATION_SWITCHED: to_text(endpoint.switched_at) if endpoint.switched_at else "",
+        naming.ANNOTATION_PREVIOUS: endpoint.previous,
+    }
+    if endpoint.refused:
+        annotations[naming.ANNOTATION_REFUSED] = endpoint.refused
+    return build_service(view.plan, endpoint.version, endpoint.digest, annotations)
+
+
+def _next_when_live(view: View, target: Target, endpoint: Endpoint) -> Step | None:
+    plan, found = view.plan, target.found
+    job = view.observed.job(plan.names.smoke_job(target.served.label))
+    if job is not None and not job.is_deleting:
+        return Remove((_refer(job),), DEPLOYING)
+    if found is not None and not target.is_ours and found.replicas != plan.serving.replicas:
+        return Scale(found.name, plan.serving.replicas, DEPLOYING, (plan.name, plan.uid))
+    if found is not None and found.is_ready:
         return None
-    return Wait(_describe(view), kept=list_kept(view))
+    before = view.observed.version(endpoint.previous)
+    has_died = any(pod.restarts for pod in _list_pods(view, target.served.label)) and not endpoint.ready_replicas
+    if has_died and before is not None and before.replicas and before.is_ready:
+        annotations = {naming.ANNOTATION_REFUSED: target.served.label}
+        return Apply((build_service(plan, before.label, before.digest, annotations),), DEPLOYING)
+    return Wait(_describe(view, target), kept=list_kept(view))
 
 
-def _describe(view: View) -> Situation:
-    pods = view.observed.serving_pods
+def _refer(job: Job) -> Reference:
+    return Reference("batch/v1", "Job", job.name, job.uid)
+
+
+def _list_pods(view: View, label: str) -> tuple[Pod, ...]:
+    return tuple(pod for pod in view.observed.serving_pods if pod.version == label)
+
+
+def _retire_surplus(view: View, target: Target, endpoint: Endpoint) -> Step | None:
+    """Take the pods of versions that are live no more, and forget the oldest of those without pods."""
+    plan, observed = view.plan, view.observed
+    holds = is_holder(observed, plan.uid)
+    kept = {target.served.label, endpoint.version} - ({endpoint.refused} if holds else set())
+    if holds and not _is_proven(view, endpoint):
+        kept.add(endpoint.previous)
+    for version in observed.versions:
+        # Of other jobs' versions only the one that this job has followed: another may be on its way to follow this one.
+        is_concerned = version.job_uid == plan.uid or (holds and version.label == endpoint.previous)
+        if version.label in kept or version.is_deleting or not is_concerned:
+            continue
+        if version.label == naming.FIRST_VERSION:
+            maps = Reference("v1", "ConfigMap", plan.names.first_serving_map)
+            return Remove((Reference("apps/v1", "Deployment", version.name, version.uid), maps), DEPLOYING)
+        if version.replicas:
+            surplus = (
+                *_list_companions(version.name),
+                Reference("batch/v1", "Job", plan.names.smoke_job(version.label)),
+            )
+            return Scale(version.name, 0, DEPLOYING, surplus=surplus)
+    return _forget_oldest(view, kept) if holds else None
+
+
+def _is_proven(view: View, endpoint: Endpoint) -> bool:
+    """Has the live version answered for long enough that the one before it may go?"""
+    return endpoint.is_ready and view.seconds_since(endpoint.switched_at) >= PROVING_SECONDS
+
+
+def _forget_oldest(view: View, kept: set[str]) -> Step | None:
+    retired = [each for each in view.observed.versions if not (each.replicas or each.label in kept or each.is_deleting)]
+    retired.sort(key=lambda each: str(each.created_at or ""))
+    references = [each for version in retired[:-KEPT_VERSIONS] for each in _list_objects(version)]
+    return Remove(tuple(references), DEPLOYING) if references else None
+
+
+def _list_companions(name: str) -> tuple[Reference, ...]:
+    return tuple(Reference(api_version, kind, name) for api_version, kind in COMPANIONS)
+
+
+def _list_objects(version: Version) -> tuple[Reference, ...]:
+    deployment = Reference("apps/v1", "Deployment", version.name, version.uid)
+    return (deployment, *_list_companions(version.name), Reference("v1", "ConfigMap", version.name))
+
+
+def _describe(view: View, target: Target) -> Situation:
+    pods = _list_pods(view, target.served.label)
     blocker = find_pod_blocker(view.plan, pods, view.observed.warnings, view.now)
     if blocker is not None:
-        return block(DEPLOYING, blocker)
+        blocked = block(DEPLOYING, blocker)
+        return dataclasses.replace(blocked, message=blocked.message + _tell_live(view))
     crashed = next((pod for pod in pods if pod.waiting_reason in CRASH_REASONS), None)
     if crashed is not None:
-        message = f"pod {crashed.name} of the endpoint crashes again and again: see kubectl logs {crashed.name}"
+        message = f"version {target.served.digest}: {_explain_crash(crashed)}{_tell_live(view)}"
         return dataclasses.replace(DEPLOYING, reason=Reason.ENDPOINT_UNHEALTHY, message=message, is_stalled=True)
     return DEPLOYING
 
 
+def _explain_crash(pod: Pod) -> str:
+    report = pod.last_exit.report if pod.last_exit is not None else None
+    told = f"pod {pod.name} crashes again and again"
+    if report is not None:
+        return f"{told}: {report.message}" + (f": {report.hint}" if report.hint else "")
+    if pod.last_exit is not None and pod.last_exit.reason == "OOMKilled":
+        return f"{told}: it is killed for memory: raise inference.pod.resources.limits.memory"
+    return f"{told}: see kubectl logs {pod.name} --previous"
+
+
+def _tell_live(view: View) -> str:
+    """Say who answers meanwhile."""
+    endpoint = view.observed.endpoint
+    if endpoint is None or not endpoint.ready_replicas:
+        return ""
+    return f"; {endpoint.digest} of job {endpoint.holder} still answers"
+
+
+def _describe_smoke_failure(view: View, target: Target, job: Job) -> Situation:
+    described = _describe(view, target)
+    if described.is_stalled:
+        return described
+    exits = [pod.exit for pod in view.observed.pods_of(job) if pod.exit is not None]
+    told = next((each.report.message for each in exits if each.report), job.failure_message)
+    message = (
+        f"version {target.served.digest} takes no traffic: {told or 'the smoke prompt was not answered'}"
+        f"{_tell_live(view)}; see kubectl logs deploy/{target.served.name}; to ask again: kubectl delete job "
+        f"{job.name}; to go back: write another inference.version"
+    )
+    return dataclasses.replace(DEPLOYING, reason=Reason.SMOKE_PROMPT_FAILED, message=message, is_stalled=True)
+
+
+def _describe_refused(view: View, target: Target) -> Situation:
+    message = (
+        f"version {target.served.digest} died soon after it took the traffic{_tell_live(view)}: write another "
+        "inference.version, or give its pods what they lack; to try it again as it is: "
+        f"kubectl annotate service {view.plan.names.endpoint} {naming.ANNOTATION_REFUSED}-"
+    )
+    return dataclasses.replace(DEPLOYING, reason=Reason.VERSION_REFUSED, message=message, is_stalled=True)
+
+
 def _give_up(view: View) -> Step | None:
-    if is_holder(view.observed, view.plan.uid):
-        return Remove(list_endpoint(view.plan.names), DEPLOYING)
-    return SetFinalizer(False, DEPLOYING) if view.observed.has_finalizer else None
+    observed, plan = view.observed, view.plan
+    if is_holder(observed, plan.uid) or list_owned(observed, plan.uid):
+        return Remove(list_endpoint(plan.names, observed, plan.uid), DEPLOYING)
+    return SetFinalizer(False, DEPLOYING) if observed.has_finalizer else None
+
+
+def list_owned(observed: Observed, uid: str) -> tuple[Version, ...]:
+    """Return the versions that a job made and that nobody needs without it: those that are not live."""
+    live = observed.endpoint.version if observed.endpoint is not None else ""
+    return tuple(
+        each for each in observed.versions if each.job_uid == uid and each.label != live and not each.is_deleting
+    )
+
+
+def list_endpoint(names: Names, observed: Observed, uid: str) -> tuple[Reference, ...]:
+    """Return what goes with a job: the endpoint, if it holds it, with every version; else its own versions alone."""
+    holds = is_holder(observed, uid)
+    versions = observed.versions if holds else list_owned(observed, uid)
+    references = [each for version in versions for each in _list_objects(version)]
+    if holds:
+        references += [
+            Reference("v1", "ConfigMap", names.first_serving_map),
+            Reference("v1", "Service", names.endpoint),
+        ]
+    return tuple(references)
 
 
 def list_kept(view: View) -> tuple[Object, ...]:
-    """Return the endpoint's objects as they should be."""
-    return build_endpoint(view.plan, view.record, view.observed.progress_ca)
+    """Return the objects of a live endpoint as they should be."""
+    endpoint = view.observed.endpoint
+    target = choose_target(view)
+    return (*target.served.objects, *(() if endpoint is None else (_keep_live(view, endpoint),)))
 
 
 def succeed(view: View) -> WriteRecord:
@@ -91,19 +347,29 @@ def keep_endpoint(view: View, finish: Finish) -> Step:
     plan, observed = view.plan, view.observed
     if not plan.serving.is_enabled:
         return _give_up(view) or finish
-    if observed.endpoint is not None and not is_holder(observed, plan.uid):
-        text = f"endpoint {plan.names.endpoint} was taken over by job {observed.endpoint.holder}"
+    endpoint = observed.endpoint
+    if endpoint is not None and not is_holder(observed, plan.uid) and endpoint.version != naming.NO_VERSION:
+        text = f"endpoint {plan.names.endpoint} was taken over by job {endpoint.holder}"
         taken = dataclasses.replace(finish.situation, reason=Reason.TAKEN_OVER, message=text, condition=Type.DEPLOYED)
         if observed.has_finalizer:
             return SetFinalizer(False, taken)
         return dataclasses.replace(finish, situation=taken)
     step = next_endpoint_step(view)
     if step is None:
-        return dataclasses.replace(finish, kept=list_kept(view))
+        return dataclasses.replace(finish, kept=list_kept(view), until=_next_look(view, finish.until))
     if isinstance(step, Wait):
         situation = dataclasses.replace(step.situation, state="Succeeded")
         return dataclasses.replace(finish, situation=situation, kept=step.kept)
     return step
+
+
+def _next_look(view: View, until: datetime.datetime | None) -> datetime.datetime | None:
+    """Look again when the version before may go."""
+    endpoint = view.observed.endpoint
+    if endpoint is None or endpoint.switched_at is None or _is_proven(view, endpoint):
+        return until
+    due = endpoint.switched_at + datetime.timedelta(seconds=PROVING_SECONDS)
+    return min(due, until) if until else due
 
 
 def next_deletion_step(names: Names, uid: str, is_retained: bool, observed: Observed) -> Step:
@@ -111,6 +377,10 @@ def next_deletion_step(names: Names, uid: str, is_retained: bool, observed: Obse
     situation = Situation("Pending", Reason.DELETING, "the job is being deleted")
     if not observed.has_finalizer:
         return Wait(situation)
-    if not is_retained and is_holder(observed, uid):
-        return Remove(list_endpoint(names), situation)
+    if is_holder(observed, uid) and not is_retained:
+        return Remove(list_endpoint(names, observed, uid), situation)
+    # Of an endpoint that stays, the versions stay that may be gone back to; what was on its way to become one goes.
+    own = [each for each in list_owned(observed, uid) if each.replicas or not is_holder(observed, uid)]
+    if own:
+        return Remove(tuple(each for version in own for each in _list_objects(version)), situation)
     return SetFinalizer(False, situation)

@@ -10,6 +10,7 @@ from typing import Any
 from finetune_contract.reports import Metric, Phase
 from finetune_contract.workspace import Workspace
 
+from . import naming
 from . import record as records
 from .api.v1alpha1 import FineTuneJobStatus
 from .conditions import Reason
@@ -258,9 +259,13 @@ def build_serving(plan: Plan, observed: Observed) -> dict[str, Any] | None:
     endpoint = observed.endpoint
     if not plan.serving.is_enabled or endpoint is None or endpoint.holder_uid != plan.uid:
         return None
+    if endpoint.version == naming.NO_VERSION:
+        return None
     return {
         "ready": endpoint.is_ready and endpoint.ready_replicas > 0,
         "url": f"http://{plan.names.endpoint}.{plan.namespace}.svc/v1",
         "model": plan.run.serving.model_name,
         "digest": endpoint.digest or None,
+        "time_to_first_token_seconds": _read_number(endpoint.figures.get("time_to_first_token_seconds")),
+        "tokens_per_second": _read_number(endpoint.figures.get("tokens_per_second")),
     }

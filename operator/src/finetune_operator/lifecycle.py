@@ -11,6 +11,7 @@ import datetime
 
 from finetune_contract.reports import Phase
 
+from . import naming
 from .attempts import has_ended_well, next_training_step, revive_attempt, suspend_attempt
 from .conditions import Reason, Type
 from .deployment import keep_endpoint, next_endpoint_step, succeed
@@ -158,7 +159,7 @@ def _remove_running(view: View, situation: Situation) -> Step | None:
 
 
 def _is_running(job: Job) -> bool:
-    return not (job.is_succeeded or job.is_failed or job.is_deleting)
+    return not (job.is_succeeded or job.is_failed or job.is_deleting or job.component == naming.SMOKE)
 
 
 def _next_after_end(view: View, terminal: Terminal) -> Step:

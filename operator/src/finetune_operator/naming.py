@@ -15,18 +15,33 @@ LABEL_JOB = "finetune.dev/job"
 LABEL_COMPONENT = "finetune.dev/component"
 LABEL_ATTEMPT = "finetune.dev/attempt"
 LABEL_ENDPOINT = "finetune.dev/endpoint"
+LABEL_VERSION = "finetune.dev/version"
+"""Of the pods of one version of an endpoint; the endpoint's Service selects by it."""
 LABEL_MANAGED_BY = "app.kubernetes.io/managed-by"
 LABEL_QUEUE = "kueue.x-k8s.io/queue-name"
 LABEL_PRIORITY_CLASS = "kueue.x-k8s.io/priority-class"
 ANNOTATION_DIGEST = "finetune.dev/model-digest"
 ANNOTATION_JOB_UID = "finetune.dev/job-uid"
 ANNOTATION_SOURCES = "finetune.dev/sources-digest"
+ANNOTATION_SMOKE = "finetune.dev/smoke-prompt"
+"""On an endpoint's Service: the figures of the smoke prompt that the live version answered, as JSON."""
+ANNOTATION_PREVIOUS = "finetune.dev/previous-version"
+"""On an endpoint's Service: the version that was live before."""
+ANNOTATION_SWITCHED = "finetune.dev/switched-at"
+ANNOTATION_REFUSED = "finetune.dev/refused-version"
+"""On an endpoint's Service: a version that died soon after it took traffic; it is not tried again."""
 FINALIZER = "finetune.dev/endpoint"
 """Kept on a job while it serves an endpoint that must go with it: endpoint objects have no owner reference."""
 
 CONTAINER = "trainer"
 SERVE_CONTAINER = "server"
 WORKSPACE_VOLUME = "workspace"
+SMOKE = "smoke"
+"""Component of the Job that asks a version of an endpoint the smoke prompt."""
+NO_VERSION = "none"
+"""What an endpoint's Service selects before its first version answers: no pod carries it."""
+FIRST_VERSION = "first"
+"""Stands for the one Deployment of an endpoint that a release without versions made."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +73,17 @@ class Names:
         return f"{self.job}-train-{attempt}"
 
     @property
-    def serving_map(self) -> str:
+    def first_serving_map(self) -> str:
+        """ConfigMap of an endpoint that a release without versions made."""
         return f"{self.endpoint}-serve"
+
+    def version(self, label: str) -> str:
+        """Name of the Deployment of one version of the endpoint; also that of all that goes with it."""
+        return f"{self.endpoint}-{label}"
+
+    def smoke_job(self, label: str) -> str:
+        """Name of the Job that asks a version the smoke prompt."""
+        return f"{self.version(label)}-{SMOKE}"
 
     def rendezvous_host(self, attempt: int) -> str:
         """Host name of the pod with rank 0."""

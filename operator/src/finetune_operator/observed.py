@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -70,6 +71,12 @@ class Pod:
     grace_seconds: int = 0
     """How long it may take to stop."""
     owner_uid: str = ""
+    version: str = ""
+    """Version of the endpoint that it serves."""
+    restarts: int = 0
+    """How often its container was started again."""
+    last_exit: Exit | None = None
+    """How its container ended before it was started again."""
 
     @property
     def is_over(self) -> bool:
@@ -121,18 +128,47 @@ class Claim:
 
 
 @dataclasses.dataclass(frozen=True)
-class Endpoint:
-    """The Deployment of the endpoint."""
+class Version:
+    """The Deployment of one version of an endpoint."""
 
+    label: str
+    name: str = ""
     uid: str = ""
+    digest: str = ""
+    job: str = ""
+    job_uid: str = ""
+    """Job that made it, or took it up."""
+    image: str = ""
+    workspace: tuple[str, str] = ("", "")
+    """Claim that its model lies on, and the folder below it."""
+    replicas: int = 0
+    """0: it takes no traffic and is kept to go back to."""
+    ready_replicas: int = 0
+    is_ready: bool = False
+    """All replicas run what the Deployment says now, and answer."""
+    created_at: Time | None = None
+    is_deleting: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Endpoint:
+    """The Service of the endpoint, with what its live version says."""
+
     is_ours: bool = False
     """Some job of this operator made it."""
     holder: str = ""
     """Job that made it what it is."""
     holder_uid: str = ""
     digest: str = ""
+    version: str = ""
+    """Label of the version that takes the traffic."""
+    previous: str = ""
+    refused: str = ""
+    switched_at: Time | None = None
+    figures: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """What the smoke prompt measured before the version took traffic."""
     is_ready: bool = False
-    """All replicas run what the Deployment says now, and answer."""
+    """All replicas of the live version answer."""
     ready_replicas: int = 0
 
 
@@ -159,10 +195,11 @@ class Observed:
     jobs: tuple[Job, ...] = ()
     pods: tuple[Pod, ...] = ()
     serving_pods: tuple[Pod, ...] = ()
+    """Pods of the endpoint, of every version."""
     claim: Claim | None = None
     endpoint: Endpoint | None = None
-    endpoint_service_is_foreign: bool = False
-    """The Service's name is taken by something that is no endpoint of this operator."""
+    versions: tuple[Version, ...] = ()
+    """Every version of the endpoint, those of other jobs included."""
     storage_class_is_missing: bool = False
     warnings: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Newest warning event by the UID of the object it is about."""
@@ -179,6 +216,10 @@ class Observed:
     def job(self, name: str) -> Job | None:
         """The child Job with this name, if it exists."""
         return next((job for job in self.jobs if job.name == name), None)
+
+    def version(self, label: str) -> Version | None:
+        """The version of the endpoint with this label, if it exists."""
+        return next((each for each in self.versions if each.label == label), None)
 
     def pods_of(self, job: Job) -> tuple[Pod, ...]:
         """Pods that the Job made."""
@@ -214,12 +255,15 @@ def view_pod(item: Json) -> Pod:
         conditions={each["type"]: _view_condition(each) for each in status.get("conditions") or ()},
         waiting_reason=waiting.get("reason", ""),
         waiting_message=redact(waiting.get("message", "")),
-        exit=_view_exit(container),
+        exit=_view_exit(container.get("state") or {}),
         created_at=to_time(meta.get("creationTimestamp") or ""),
         started_at=to_time(status.get("startTime") or ""),
         deleting_since=_view_deletion(meta),
         grace_seconds=int(spec.get("terminationGracePeriodSeconds") or 0),
         owner_uid=owners[0].get("uid", ""),
+        version=labels.get(naming.LABEL_VERSION, naming.FIRST_VERSION),
+        restarts=int(container.get("restartCount") or 0),
+        last_exit=_view_exit(container.get("lastState") or {}),
     )
 
 
@@ -245,8 +289,8 @@ def _view_condition(item: Json) -> PodCondition:
     )
 
 
-def _view_exit(container: Json) -> Exit | None:
-    ended = container.get("state", {}).get("terminated")
+def _view_exit(state: Json) -> Exit | None:
+    ended = state.get("terminated")
     if ended is None:
         return None
     text = redact(ended.get("message") or "")
@@ -303,22 +347,67 @@ def view_claim(item: Json) -> Claim:
     )
 
 
-def view_endpoint(item: Json) -> Endpoint:
-    """Return what matters of an apps/v1 Deployment."""
+def view_version(item: Json) -> Version:
+    """Return what matters of an apps/v1 Deployment of an endpoint."""
     meta, spec, status = item["metadata"], item.get("spec", {}), item.get("status", {})
     labels, annotations = meta.get("labels") or {}, meta.get("annotations") or {}
     wanted = spec.get("replicas", 1)
     is_current = status.get("observedGeneration", 0) >= meta.get("generation", 0)
     updated, available = status.get("updatedReplicas", 0), status.get("availableReplicas", 0)
-    return Endpoint(
+    pod = (spec.get("template") or {}).get("spec") or {}
+    container: Json = next(iter(pod.get("containers") or ()), {})
+    return Version(
+        label=labels.get(naming.LABEL_VERSION, naming.FIRST_VERSION),
+        name=meta["name"],
         uid=meta.get("uid", ""),
-        is_ours=labels.get(naming.LABEL_MANAGED_BY) == naming.FIELD_MANAGER,
+        digest=annotations.get(naming.ANNOTATION_DIGEST, ""),
+        job=labels.get(naming.LABEL_JOB, ""),
+        job_uid=annotations.get(naming.ANNOTATION_JOB_UID, ""),
+        image=container.get("image", ""),
+        workspace=_view_workspace(pod, container),
+        replicas=wanted,
+        ready_replicas=status.get("readyReplicas", 0),
+        is_ready=is_current and updated >= wanted and available >= wanted and status.get("replicas", 0) == wanted,
+        created_at=to_time(meta.get("creationTimestamp") or ""),
+        is_deleting=bool(meta.get("deletionTimestamp")),
+    )
+
+
+def _view_workspace(pod: Json, container: Json) -> tuple[str, str]:
+    def find(items: Sequence[Json] | None) -> Json:
+        return next((each for each in items or () if each.get("name") == naming.WORKSPACE_VOLUME), {})
+
+    claim = (find(pod.get("volumes")).get("persistentVolumeClaim") or {}).get("claimName", "")
+    return claim, find(container.get("volumeMounts")).get("subPath", "")
+
+
+def view_endpoint(item: Json, versions: Sequence[Version]) -> Endpoint:
+    """Return what matters of an endpoint's v1 Service, and of the version that it selects."""
+    meta, selector = item["metadata"], (item.get("spec") or {}).get("selector") or {}
+    labels, annotations = meta.get("labels") or {}, meta.get("annotations") or {}
+    label = selector.get(naming.LABEL_VERSION, naming.FIRST_VERSION)
+    live = next((each for each in versions if each.label == label), Version(label))
+    return Endpoint(
+        is_ours=naming.LABEL_ENDPOINT in labels,
         holder=labels.get(naming.LABEL_JOB, ""),
         holder_uid=annotations.get(naming.ANNOTATION_JOB_UID, ""),
         digest=annotations.get(naming.ANNOTATION_DIGEST, ""),
-        is_ready=is_current and updated >= wanted and available >= wanted and status.get("replicas", 0) == wanted,
-        ready_replicas=status.get("readyReplicas", 0),
+        version=label,
+        previous=annotations.get(naming.ANNOTATION_PREVIOUS, ""),
+        refused=annotations.get(naming.ANNOTATION_REFUSED, ""),
+        switched_at=to_time(annotations.get(naming.ANNOTATION_SWITCHED, "")),
+        figures=_read_figures(annotations.get(naming.ANNOTATION_SMOKE, "")),
+        is_ready=live.is_ready,
+        ready_replicas=live.ready_replicas,
     )
+
+
+def _read_figures(text: str) -> dict[str, float]:
+    try:
+        data = json.loads(text)
+        return {str(name): float(value) for name, value in data.items() if isinstance(value, int | float)}
+    except (ValueError, AttributeError):
+        return {}
 
 
 def earliest_start(pods: Sequence[Pod]) -> Time | None:

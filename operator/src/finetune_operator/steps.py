@@ -62,6 +62,18 @@ class Remove:
 
 
 @dataclasses.dataclass(frozen=True)
+class Scale:
+    """Set the replicas of a Deployment and whose it is; what is surplus then is removed first."""
+
+    name: str
+    replicas: int
+    situation: Situation
+    job: tuple[str, str] = ("", "")
+    """Name and UID of the job that it belongs to from now on; empty: it stays whose it is."""
+    surplus: tuple[Reference, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class WriteRecord:
     """Replace the record, unless somebody else wrote it since it was observed."""
 
@@ -98,4 +110,4 @@ class Finish:
     kept: tuple[Object, ...] = ()
 
 
-Step = Create | Apply | Remove | WriteRecord | SetFinalizer | Wait | Finish
+Step = Create | Apply | Remove | Scale | WriteRecord | SetFinalizer | Wait | Finish

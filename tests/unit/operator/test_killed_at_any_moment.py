@@ -20,7 +20,7 @@ from tests.support.operator_parts import make_body, make_settings
 
 KEY = ("team-a", "support-7b")
 FAILING = ("support-7b-train-1",)
-EXPECTED_JOBS = ["inspect", "prepare", "train-1", "train-2", "promote", "evaluate", "publish"]
+EXPECTED_JOBS = ["inspect", "prepare", "train-1", "train-2", "promote", "evaluate", "publish", "smoke"]
 SPEC = {
     "promotion": {"destinations": [{"destination": "s3://bucket/models"}]},
     "resources": {"gpusPerNode": 0},
@@ -73,6 +73,11 @@ def is_finished(api: MemoryApi) -> bool:
     return status.get("state") in ("Succeeded", "Failed")
 
 
+def name_job(name: str) -> str:
+    """Return the name of a Job without that of what it belongs to: a job, or a version of an endpoint."""
+    return "smoke" if name.endswith("-smoke") else name.removeprefix("support-7b-")
+
+
 def summarise(api: MemoryApi) -> dict:
     """Return what must not depend on when the operator was killed."""
     status = api.find("finetunejobs", KEY[1])["status"]
@@ -80,7 +85,7 @@ def summarise(api: MemoryApi) -> dict:
         "state": status["state"],
         "restarts": (status["restarts"], status["restartsCountTowardsMax"]),
         "attempts": [(each["number"], each["reason"]) for each in status["attempts"]],
-        "created": [name.removeprefix("support-7b-") for name in api.created],
+        "created": [name_job(name) for name in api.created],
         "objects": {kind: api.names(kind) for kind in ("jobs", "configmaps", "services", "deployments", "pods")},
         "digest": status["serving"]["digest"],
     }

@@ -9,9 +9,9 @@ import pytest
 from finetune_contract.reports import Metric, Phase, ProgressReport
 from finetune_operator.errors import InvalidJobError
 from finetune_operator.lifecycle import next_step
-from finetune_operator.observed import Claim, Endpoint, Observed, PodCondition, Progress
+from finetune_operator.observed import Claim, Observed, PodCondition, Progress
 from finetune_operator.record import Exclusion, Failure, Record, Terminal, read_record, to_text
-from finetune_operator.steps import Apply, Create, Finish, Remove, SetFinalizer, Wait, WriteRecord
+from finetune_operator.steps import Apply, Create, Finish, Remove, Wait, WriteRecord
 from tests.support.operator_parts import (
     NOW,
     UID,
@@ -417,30 +417,6 @@ def test_nothing_is_uploaded_or_served_below_a_gate():
     assert (step.record.terminal.reason, step.record.terminal.phase) == ("EvaluationBelowGate", Phase.EVALUATE)
 
 
-def test_the_finalizer_is_there_before_the_endpoint():
-    plan = make_test_plan()
-    world = make_observed(plan, make_record(*EVALUATED, claim_uid="claim"))
-    step = look(plan, world)
-    assert isinstance(step, SetFinalizer)
-    step = look(plan, dataclasses.replace(world, has_finalizer=True))
-    assert isinstance(step, Wait)
-    assert [each["kind"] for each in step.kept] == ["ConfigMap", "Deployment", "Service"]
-
-
-def test_a_job_succeeds_when_its_own_model_answers():
-    plan = make_test_plan()
-    world = make_observed(plan, make_record(*EVALUATED, claim_uid="claim"), has_finalizer=True)
-    ready = Endpoint(is_ours=True, holder=plan.name, holder_uid=UID, digest="abc123", is_ready=True, ready_replicas=1)
-    for endpoint in (
-        dataclasses.replace(ready, is_ready=False),
-        dataclasses.replace(ready, digest="older"),
-        dataclasses.replace(ready, holder_uid="another-job"),
-    ):
-        assert isinstance(look(plan, dataclasses.replace(world, endpoint=endpoint)), Wait)
-    step = look(plan, dataclasses.replace(world, endpoint=ready))
-    assert (step.record.terminal.result, step.record.deployed_digest) == ("Succeeded", "abc123")
-
-
 def make_finished(plan, result="Succeeded", phase="", digest=None, **fields):
     terminal = Terminal(result, "Reason", "message", to_text(NOW), phase, plan.digest if digest is None else digest)
     return make_observed(plan, make_record(*EVALUATED, claim_uid="claim", terminal=terminal), **fields)
@@ -506,31 +482,6 @@ def test_a_job_that_a_deadline_ended_removes_what_still_runs():
     step = look(plan, world)
     assert isinstance(step, Remove)
     assert step.references[0].name == job.name
-
-
-def test_a_taken_over_endpoint_is_left_alone():
-    plan = make_test_plan()
-    other = Endpoint(is_ours=True, holder="later", holder_uid="later-uid", digest="x", is_ready=True)
-    step = look(plan, make_finished(plan, endpoint=other, has_finalizer=False))
-    assert isinstance(step, Finish)
-    assert (step.kept, step.situation.reason) == ((), "TakenOver")
-
-
-def test_going_back_to_an_earlier_version_rolls_the_endpoint():
-    plan = make_test_plan(inference={"version": "older"})
-    mine = Endpoint(is_ours=True, holder=plan.name, holder_uid=UID, digest="abc123", is_ready=True)
-    step = look(plan, make_finished(plan, endpoint=mine, has_finalizer=True))
-    assert isinstance(step, Finish)
-    (deployment,) = [each for each in step.kept if each["kind"] == "Deployment"]
-    assert deployment["metadata"]["annotations"]["finetune.dev/model-digest"] == "older"
-
-
-def test_switching_inference_off_removes_the_endpoint_at_once():
-    plan = make_test_plan(inference={"enabled": False})
-    mine = Endpoint(is_ours=True, holder=plan.name, holder_uid=UID, is_ready=True)
-    step = look(plan, make_finished(plan, endpoint=mine, has_finalizer=True))
-    assert isinstance(step, Remove)
-    assert isinstance(look(plan, make_finished(plan, has_finalizer=True)), SetFinalizer)
 
 
 def test_a_full_workspace_is_waited_for_and_noticed_when_it_has_grown():

@@ -8,7 +8,7 @@ import json
 import pytest
 
 from finetune_contract.reports import Phase
-from finetune_operator.manifests.inference import build_endpoint
+from finetune_operator.manifests.inference import build_served, build_service, build_smoke_job
 from finetune_operator.manifests.memory import build_plan_map, build_record_map
 from finetune_operator.manifests.phases import build_phase
 from finetune_operator.manifests.training import build_attempt, build_disruption_budget, build_training_service
@@ -49,7 +49,7 @@ def all_jobs(plan):
 
 
 def all_pods(plan):
-    deployment = build_endpoint(plan, RECORD, "CA")[1]
+    deployment = build_served(plan, RECORD).objects[1]
     return [each["spec"]["template"]["spec"] for each in (*all_jobs(plan), deployment)]
 
 
@@ -77,12 +77,21 @@ def test_training_on_a_cpu(assert_golden):
     assert_golden("training-cpu", *build_attempt(cpu_plan(), RECORD, 2, "CA"))
 
 
+def _build_endpoint(plan):
+    """Return the objects of an endpoint, without the text of the script that is a file of its own."""
+    served = build_served(plan, RECORD)
+    config_map, *others = served.objects
+    assert config_map["data"].pop("smoke_prompt.py").startswith('"""The smoke prompt')
+    live = build_service(plan, served.label, served.digest)
+    return config_map, *others, live, build_smoke_job(plan, served.label, plan.pods[Phase.SERVE].image, 300)
+
+
 def test_endpoint_on_gpus(assert_golden):
-    assert_golden("endpoint-full", *build_endpoint(full_plan(), RECORD, "CA"))
+    assert_golden("endpoint-full", *_build_endpoint(full_plan()))
 
 
 def test_endpoint_on_a_cpu(assert_golden):
-    assert_golden("endpoint-cpu", *build_endpoint(cpu_plan(), RECORD, "CA"))
+    assert_golden("endpoint-cpu", *_build_endpoint(cpu_plan()))
 
 
 def test_workspace(assert_golden):

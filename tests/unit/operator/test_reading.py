@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from finetune_contract.reports import ExitReport
 from finetune_operator.errors import redact
-from finetune_operator.observed import view_claim, view_endpoint, view_job, view_pod
+from finetune_operator.observed import view_claim, view_endpoint, view_job, view_pod, view_version
 from finetune_operator.record import MAX_ATTEMPTS, Attempt, Failure, Record, Terminal, read_record
 from finetune_operator.settings import SettingsError, read_settings
 
@@ -170,5 +170,51 @@ def test_a_claim_tells_what_it_asked_for_and_what_it_got():
     ],
 )
 def test_an_endpoint_is_ready_when_all_its_pods_are_new_and_answer(status, is_ready):
-    item = {"metadata": {"name": "e", "generation": 2}, "spec": {"replicas": 1}, "status": status}
-    assert view_endpoint(item).is_ready is is_ready
+    labels = {"finetune.dev/version": "abc-1"}
+    item = {"metadata": {"name": "e", "generation": 2, "labels": labels}, "spec": {"replicas": 1}, "status": status}
+    service = {"metadata": {"name": "e"}, "spec": {"selector": labels}}
+    assert view_endpoint(service, [view_version(item)]).is_ready is is_ready
+    assert view_endpoint(service, []).is_ready is False
+
+
+def test_an_endpoint_tells_which_version_is_live_and_what_was_measured():
+    service = {
+        "metadata": {
+            "name": "e",
+            "labels": {"finetune.dev/endpoint": "e", "finetune.dev/job": "support-7b"},
+            "annotations": {
+                "finetune.dev/model-digest": "abc",
+                "finetune.dev/job-uid": "uid",
+                "finetune.dev/previous-version": "old-1",
+                "finetune.dev/switched-at": "2026-01-01T12:00:00Z",
+                "finetune.dev/smoke-prompt": '{"tokens_per_second": 12.5}',
+            },
+        },
+        "spec": {"selector": {"finetune.dev/endpoint": "e", "finetune.dev/version": "abc-1"}},
+    }
+    endpoint = view_endpoint(service, [])
+    assert (endpoint.is_ours, endpoint.holder, endpoint.holder_uid) == (True, "support-7b", "uid")
+    assert (endpoint.version, endpoint.previous, endpoint.digest) == ("abc-1", "old-1", "abc")
+    assert endpoint.figures == {"tokens_per_second": 12.5}
+
+
+@pytest.mark.parametrize("text", ["", "no JSON", "[]", '{"tokens_per_second": null}'])
+def test_figures_that_cannot_be_read_are_none(text):
+    annotations = {"finetune.dev/smoke-prompt": text}
+    assert view_endpoint({"metadata": {"name": "e", "annotations": annotations}}, []).figures == {}
+
+
+def test_an_endpoint_of_a_release_without_versions_is_its_first_version():
+    service = {"metadata": {"name": "e"}, "spec": {"selector": {"finetune.dev/endpoint": "e"}}}
+    status = {"replicas": 1, "updatedReplicas": 1, "availableReplicas": 1}
+    first = view_version({"metadata": {"name": "e", "labels": {}}, "spec": {"replicas": 1}, "status": status})
+    assert (first.label, view_endpoint(service, [first]).is_ready) == ("first", True)
+
+
+def test_a_version_tells_where_its_model_lies():
+    pod = {
+        "containers": [{"image": "i", "volumeMounts": [{"name": "workspace", "mountPath": "/w", "subPath": "a"}]}],
+        "volumes": [{"name": "tmp"}, {"name": "workspace", "persistentVolumeClaim": {"claimName": "claim"}}],
+    }
+    version = view_version({"metadata": {"name": "e"}, "spec": {"template": {"spec": pod}}})
+    assert (version.workspace, version.image) == (("claim", "a"), "i")

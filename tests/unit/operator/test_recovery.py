@@ -29,7 +29,7 @@ from tests.support.operator_parts import (
     make_test_plan,
     seconds,
 )
-from tests.unit.operator.test_killed_at_any_moment import KEY, Clock, is_finished, make_api, make_reconciler
+from tests.unit.operator.test_killed_at_any_moment import KEY, Clock, is_finished, make_api, make_reconciler, name_job
 
 CLAIM = ("persistentvolumeclaims", "support-7b-workspace")
 MIRROR = {"checkpoint": {"mirror": {"destination": "s3://bucket/checkpoints"}}}
@@ -73,7 +73,7 @@ def summarise(api: MemoryApi) -> dict:
         "state": status["state"],
         "restarts": (status.get("restarts", 0), status.get("restartsCountTowardsMax", 0)),
         "attempts": [(each["number"], each["reason"]) for each in status["attempts"]],
-        "created": [name.removeprefix("support-7b-") for name in api.created],
+        "created": [name_job(name) for name in api.created],
         "has_claim": CLAIM in api.objects,
     }
 
@@ -92,7 +92,7 @@ def test_everything_on_a_lost_workspace_is_made_again_and_no_restart_is_counted(
     assert (found["state"], found["has_claim"]) == ("Succeeded", True)
     assert [reason for _, reason in found["attempts"]] == attempts
     assert found["restarts"][1] == 0
-    assert found["created"] == ["inspect", "prepare", *created, "promote", "evaluate", "publish"]
+    assert found["created"] == ["inspect", "prepare", *created, "promote", "evaluate", "publish", "smoke"]
 
 
 def test_what_was_prepared_on_a_claim_that_has_been_replaced_since_is_prepared_again():

@@ -249,6 +249,11 @@ class ServingStatus(StatusModel):
     """Name to put into requests as `model`."""
     digest: StatusText | None = None
     """Digest of the model that it serves."""
+    time_to_first_token_seconds: Seconds | None = None
+    """Time from a request to the first token of its answer, as the smoke prompt measured it before this version took
+    traffic."""
+    tokens_per_second: Annotated[float, Field(ge=0, le=2**40)] | None = None
+    """Tokens a second of that one answer."""
 
 
 class FineTuneJobStatus(StatusModel):

@@ -10,6 +10,7 @@ from finetune_contract.reports import ExitCode
 from finetune_contract.run_config import RunConfig
 from finetune_trainer.commands import plain
 from finetune_trainer.errors import StopRequested
+from finetune_trainer.promotion import promoted
 from finetune_trainer.reporting import emit
 
 
@@ -24,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Serve until asked to stop."""
     folder, name, port, trust = _choose(args)
+    digest = str(promoted.read_manifest(folder)["digest"])
     plain.prepare_libraries()
 
     from finetune_trainer.serving.generate import Generator
@@ -32,14 +34,12 @@ def run(args: argparse.Namespace) -> int:
     generator = Generator(folder, trust_remote_code=trust)
     emit("serving", model=name, folder=str(folder), port=port)
     with contextlib.suppress(StopRequested):
-        serve(name, generator, port)
+        serve(name, generator, port, digest)
     return ExitCode.OK
 
 
 def _choose(args: argparse.Namespace) -> tuple[pathlib.Path, str, int, bool]:
     """Return the folder, the name, the port and whether its code is trusted, from the flags or the run's settings."""
-    from finetune_trainer.promotion import promoted
-
     if args.promoted:
         folder = pathlib.Path(args.promoted)
         promoted.read_manifest(folder)

@@ -8,8 +8,10 @@ refused, and `/health` is good only while a real completion works.
 from __future__ import annotations
 
 import asyncio
+import hmac
+import os
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
@@ -20,9 +22,17 @@ from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.server import build_server
 from transformers.cli.serving.utils import GenerationState
 
+from finetune_contract.smoke_prompt import API_KEY
 from finetune_trainer.serving.generate import Generator
 from finetune_trainer.training import modeling
 
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+DIGEST_HEADER = b"x-model-digest"
+"""Header of every answer: the digest of the model that gave it."""
+DRAIN_SECONDS = 55
+"""How long requests in flight may take once the server was asked to stop."""
 PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/models"})
 """What is kept of the stock server."""
 
@@ -100,8 +110,38 @@ class Health:
         return ""
 
 
-def build_app(name: str, generator: Generator) -> FastAPI:
-    """Return the application that answers for one model."""
+class Gate:
+    """What every request goes through: the key it must carry, and the digest that its answer does."""
+
+    def __init__(self, app: ASGIApp, digest: str, key: str) -> None:
+        self._app = app
+        self._digest = digest.encode()
+        self._key = f"Bearer {key}".encode() if key else b""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request, or refuse it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        if self._key and scope["path"] in PATHS and not self._is_known(scope):
+            error = {"message": "send the API key as Authorization: Bearer", "type": "invalid_request_error"}
+            await JSONResponse({"error": error}, status_code=401)(scope, receive, send)
+            return
+
+        async def send_digest(message: Message) -> None:
+            if message["type"] == "http.response.start" and self._digest:
+                message["headers"] = [*message.get("headers", ()), (DIGEST_HEADER, self._digest)]
+            await send(message)
+
+        await self._app(scope, receive, send_digest)
+
+    def _is_known(self, scope: Scope) -> bool:
+        given = dict(scope["headers"]).get(b"authorization", b"")
+        return hmac.compare_digest(given, self._key)
+
+
+def build_app(name: str, generator: Generator, digest: str = "", key: str = "") -> FastAPI:
+    """Return the application that answers for one model; with a key only those who know it."""
     pinned = PinnedModel(name, generator)
     state = GenerationState()
     app = build_server(
@@ -121,13 +161,18 @@ def build_app(name: str, generator: Generator) -> FastAPI:
         problem = await health.probe()
         return JSONResponse({"status": problem or "ok"}, status_code=503 if problem else 200)
 
+    app.add_middleware(Gate, digest=digest, key=key)
     return app
 
 
-def serve(name: str, generator: Generator, port: int) -> None:
+def serve(name: str, generator: Generator, port: int, digest: str = "") -> None:
     """Answer requests until SIGTERM; requests in flight are finished."""
     import uvicorn
 
     uvicorn.run(
-        build_app(name, generator), host="0.0.0.0", port=port, log_level="warning", timeout_graceful_shutdown=20
+        build_app(name, generator, digest, os.environ.get(API_KEY, "")),
+        host="0.0.0.0",
+        port=port,
+        log_level="warning",
+        timeout_graceful_shutdown=DRAIN_SECONDS,
     )

@@ -1,0 +1,351 @@
+"""The endpoint: what brings a version to it, what keeps the one before, and what is left of a job's."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from finetune_contract.smoke_prompt import EXIT_NO_ANSWER, EXIT_REFUSED
+from finetune_operator.deployment import KEPT_VERSIONS, PROVING_SECONDS, next_deletion_step
+from finetune_operator.lifecycle import next_step
+from finetune_operator.manifests.inference import build_served
+from finetune_operator.observed import Endpoint, Job, Version
+from finetune_operator.record import Terminal, to_text
+from finetune_operator.steps import Apply, Create, Finish, Remove, Scale, SetFinalizer, Wait
+from tests.support.kubelet import DETAILS
+from tests.support.operator_parts import (
+    NOW,
+    UID,
+    make_exit,
+    make_observed,
+    make_pod,
+    make_record,
+    make_report,
+    make_test_plan,
+    seconds,
+)
+from tests.unit.operator.test_lifecycle import EVALUATED
+
+PLAN = make_test_plan()
+RECORD = make_record(*EVALUATED, claim_uid="claim")
+LATER = NOW + seconds(2 * PROVING_SECONDS)
+
+
+def label_of(plan, record=RECORD):
+    return build_served(plan, record).label
+
+
+def make_version(plan=PLAN, **fields):
+    """Return the version that a plan asks for, with its pods ready."""
+    served = build_served(plan, RECORD)
+    base = {
+        "name": served.name,
+        "digest": served.digest,
+        "job": plan.name,
+        "job_uid": UID,
+        "image": "server:1",
+        "workspace": (plan.workspace.claim, plan.workspace.sub_path),
+        "replicas": plan.serving.replicas,
+        "ready_replicas": plan.serving.replicas,
+        "is_ready": True,
+    }
+    return Version(fields.pop("label", served.label), **{**base, **fields})
+
+
+OTHER = make_version(label="older-1", name="support-7b-older-1", digest="older", job="earlier", job_uid="other-uid")
+
+
+def make_endpoint(version, **fields):
+    """Return the Service with its traffic on a version."""
+    base = {
+        "is_ours": True,
+        "holder": version.job,
+        "holder_uid": version.job_uid,
+        "digest": version.digest,
+        "version": version.label,
+        "switched_at": NOW,
+        "is_ready": version.is_ready,
+        "ready_replicas": version.ready_replicas,
+    }
+    return Endpoint(**{**base, **fields})
+
+
+def make_smoke_job(label, plan=PLAN, **fields):
+    name = plan.names.smoke_job(label)
+    return Job(name, **{"uid": f"{name}-uid", "component": "smoke", "created_at": NOW, **fields})
+
+
+def make_answered(label, plan=PLAN):
+    """Return the Job of a smoke prompt that was answered, and its pod."""
+    job = make_smoke_job(label, plan, is_succeeded=True)
+    report = make_report("smoke", 0, "Completed", "", details=DETAILS["smoke"])
+    return {"jobs": (job,), "pods": (make_pod(job, phase="Succeeded", exit=make_exit(report=report)),)}
+
+
+def make_unanswered(label, code, message):
+    job = make_smoke_job(label, is_failed=True)
+    report = make_report("smoke", code, "SmokePromptFailed", message)
+    return {"jobs": (job,), "pods": (make_pod(job, phase="Failed", exit=make_exit(code, report=report)),)}
+
+
+def look(plan=PLAN, *, finished=False, now=LATER, **fields):
+    """Return the step of a job whose model has passed its gates."""
+    terminal = Terminal("Succeeded", "Serving", "message", to_text(NOW), "", plan.digest) if finished else None
+    record = dataclasses.replace(RECORD, terminal=terminal)
+    return next_step(plan, make_observed(plan, record, **{"has_finalizer": True, **fields}), now)
+
+
+def read_live(step):
+    """Return the version that a step gives the traffic to."""
+    assert isinstance(step, Apply)
+    (service,) = step.objects
+    assert (service["kind"], service["metadata"]["name"]) == ("Service", "support-7b")
+    return service["spec"]["selector"].get("finetune.dev/version", "first")
+
+
+def test_the_finalizer_is_there_before_the_endpoint():
+    assert look(has_finalizer=False).is_wanted is True
+
+
+def test_a_retained_endpoint_needs_no_finalizer_once_it_answers():
+    plan = make_test_plan(inference={"onDelete": "Retain"})
+    version = make_version(plan)
+    assert look(plan, has_finalizer=False).is_wanted is True
+    step = look(plan, versions=(version,), endpoint=make_endpoint(version))
+    assert isinstance(step, SetFinalizer)
+    assert step.is_wanted is False
+
+
+def test_an_endpoint_has_an_address_before_anything_answers():
+    assert read_live(look()) == "none"
+
+
+def test_a_version_is_made_then_asked_then_given_the_traffic():
+    empty = Endpoint(is_ours=True, holder=PLAN.name, holder_uid=UID, version="none")
+    step = look(endpoint=empty)
+    assert [each["kind"] for each in step.objects][:3] == ["ConfigMap", "Deployment", "Service"]
+    version = make_version(is_ready=False, ready_replicas=0)
+    step = look(endpoint=empty, versions=(version,))
+    assert isinstance(step, Create)
+    assert [each["metadata"]["name"] for each in step.objects] == [PLAN.names.smoke_job(version.label)]
+    ready = make_version()
+    asked = make_smoke_job(ready.label)
+    assert isinstance(look(endpoint=empty, versions=(ready,), jobs=(asked,)), Wait)
+    assert isinstance(look(endpoint=empty, versions=(version,), **make_answered(version.label)), Wait)
+    step = look(endpoint=empty, versions=(ready,), **make_answered(ready.label))
+    assert read_live(step) == ready.label
+    annotations = step.objects[0]["metadata"]["annotations"]
+    assert json.loads(annotations["finetune.dev/smoke-prompt"]) == DETAILS["smoke"]
+
+
+def test_the_smoke_job_goes_when_its_version_has_the_traffic_and_the_job_succeeds():
+    version = make_version()
+    step = look(endpoint=make_endpoint(version), versions=(version,), **make_answered(version.label))
+    assert isinstance(step, Remove)
+    step = look(endpoint=make_endpoint(version), versions=(version,))
+    assert (step.record.terminal.result, step.record.deployed_digest) == ("Succeeded", "abc123")
+
+
+def test_a_smoke_prompt_whose_answer_was_lost_is_asked_again():
+    version = make_version()
+    job = make_smoke_job(version.label, is_succeeded=True)
+    step = look(endpoint=make_endpoint(OTHER), versions=(version, OTHER), jobs=(job,))
+    assert [each.uid for each in step.references] == [job.uid]
+
+
+def test_an_endpoint_without_replicas_is_not_asked():
+    plan = make_test_plan(inference={"replicas": 0})
+    version = make_version(plan)
+    step = look(plan, endpoint=make_endpoint(OTHER), versions=(version, OTHER))
+    assert read_live(step) == version.label
+
+
+def test_a_version_that_answers_nonsense_takes_no_traffic_and_says_what_to_type():
+    version = make_version()
+    unanswered = make_unanswered(version.label, EXIT_REFUSED, "the smoke prompt was not answered: HTTP 500: boom")
+    step = look(endpoint=make_endpoint(OTHER), versions=(version, OTHER), **unanswered)
+    assert isinstance(step, Wait)
+    assert (step.situation.reason, step.situation.is_stalled) == ("SmokePromptFailed", True)
+    for told in ("HTTP 500: boom", "older of job earlier still answers", "kubectl delete job", "inference.version"):
+        assert told in step.situation.message
+
+
+def test_a_version_that_came_up_late_is_asked_again():
+    unanswered = make_unanswered(make_version().label, EXIT_NO_ANSWER, "no answer in 300 s")
+    waiting = make_version(is_ready=False, ready_replicas=0)
+    assert isinstance(look(endpoint=make_endpoint(OTHER), versions=(waiting, OTHER), **unanswered), Wait)
+    assert isinstance(look(endpoint=make_endpoint(OTHER), versions=(make_version(), OTHER), **unanswered), Remove)
+
+
+def test_a_crashing_candidate_says_why():
+    version = make_version(is_ready=False, ready_replicas=0)
+    report = make_report(
+        "serve", 66, "PromotionInvalid", "/workspace/output/x is no whole model", hint="Promote again."
+    )
+    pod = dataclasses.replace(
+        make_pod(make_smoke_job(version.label), waiting_reason="CrashLoopBackOff"),
+        version=version.label,
+        restarts=3,
+        last_exit=make_exit(66, report=report),
+    )
+    jobs = (make_smoke_job(version.label),)
+    step = look(endpoint=make_endpoint(OTHER), versions=(version, OTHER), serving_pods=(pod,), jobs=jobs)
+    assert (step.situation.reason, step.situation.is_stalled) == ("EndpointUnhealthy", True)
+    for told in ("abc123", "is no whole model: Promote again.", "older of job earlier still answers"):
+        assert told in step.situation.message
+
+
+def test_the_version_before_stays_until_the_new_one_has_proved_itself():
+    version = make_version()
+    live = make_endpoint(version, previous=OTHER.label)
+    early = look(finished=True, endpoint=live, versions=(version, OTHER), now=NOW + seconds(1))
+    assert isinstance(early, Finish)
+    assert early.until == NOW + seconds(PROVING_SECONDS)
+    step = look(finished=True, endpoint=live, versions=(version, OTHER))
+    assert isinstance(step, Scale)
+    assert (step.name, step.replicas, step.job) == (OTHER.name, 0, ("", ""))
+    assert {each.kind for each in step.surplus} >= {"Service", "Job"}
+    retired = dataclasses.replace(OTHER, replicas=0)
+    assert isinstance(look(finished=True, endpoint=live, versions=(version, retired)), Finish)
+
+
+def test_another_jobs_candidate_is_left_alone():
+    version = make_version()
+    candidate = dataclasses.replace(OTHER, job="later", job_uid="later-uid", is_ready=False)
+    assert isinstance(look(finished=True, endpoint=make_endpoint(version), versions=(version, candidate)), Finish)
+
+
+def test_a_version_that_dies_under_the_traffic_gives_it_back():
+    version = make_version(is_ready=False, ready_replicas=0)
+    pod = dataclasses.replace(make_pod(make_smoke_job(version.label)), version=version.label, restarts=1)
+    live = make_endpoint(version, previous=OTHER.label)
+    world = {"endpoint": live, "versions": (version, OTHER), "serving_pods": (pod,)}
+    step = look(finished=True, **world)
+    assert read_live(step) == OTHER.label
+    assert step.objects[0]["metadata"]["annotations"]["finetune.dev/refused-version"] == version.label
+    gone = {**world, "versions": (version, dataclasses.replace(OTHER, replicas=0))}
+    assert isinstance(look(finished=True, **gone), Finish)
+
+
+def test_a_version_that_gave_the_traffic_back_is_not_tried_again():
+    version = make_version()
+    live = make_endpoint(OTHER, holder=PLAN.name, holder_uid=UID, refused=version.label)
+    step = look(finished=True, endpoint=live, versions=(version, OTHER))
+    assert isinstance(step, Scale)
+    assert (step.name, step.replicas) == (version.name, 0)
+    retired = dataclasses.replace(version, replicas=0)
+    step = look(finished=True, endpoint=live, versions=(retired, OTHER))
+    assert (step.situation.reason, step.situation.is_stalled) == ("VersionRefused", True)
+    assert "kubectl annotate service support-7b finetune.dev/refused-version-" in step.situation.message
+
+
+def test_going_back_to_a_version_of_ones_own_starts_it_from_the_workspace():
+    plan = make_test_plan(inference={"version": "older"})
+    mine = make_version()
+    step = look(plan, finished=True, endpoint=make_endpoint(mine), versions=(mine,))
+    (deployment,) = [each for each in step.objects if each["kind"] == "Deployment"]
+    assert deployment["metadata"]["annotations"]["finetune.dev/model-digest"] == "older"
+    assert deployment["metadata"]["name"] != mine.name
+
+
+def test_going_back_to_another_jobs_version_takes_the_pods_that_served_it():
+    plan = make_test_plan(inference={"version": "older", "replicas": 2})
+    mine = make_version()
+    kept = dataclasses.replace(OTHER, replicas=0, workspace=("earlier-workspace", ""))
+    live = make_endpoint(mine)
+    step = look(plan, finished=True, endpoint=live, versions=(mine, kept))
+    assert isinstance(step, Scale)
+    assert (step.name, step.replicas, step.job) == (kept.name, 2, (plan.name, UID))
+    started = dataclasses.replace(kept, replicas=2, job=plan.name, job_uid=UID)
+    step = look(plan, finished=True, endpoint=live, versions=(mine, started))
+    assert isinstance(step, Create)
+    assert step.objects[-1]["spec"]["template"]["spec"]["containers"][0]["image"] == kept.image
+    answered = make_answered(kept.label, plan)
+    step = look(plan, finished=True, endpoint=live, versions=(mine, started), **answered)
+    assert read_live(step) == kept.label
+
+
+def test_only_so_many_earlier_versions_are_kept():
+    version = make_version()
+    retired = tuple(
+        dataclasses.replace(
+            OTHER, label=f"v-{number}", name=f"e-v-{number}", replicas=0, created_at=NOW + seconds(number)
+        )
+        for number in range(KEPT_VERSIONS + 2)
+    )
+    step = look(finished=True, endpoint=make_endpoint(version), versions=(version, *retired))
+    assert isinstance(step, Remove)
+    assert [each.name for each in step.references if each.kind == "Deployment"] == ["e-v-0", "e-v-1"]
+
+
+def test_an_endpoint_of_a_release_without_versions_goes_over_without_a_gap():
+    first = make_version(label="first", name="support-7b")
+    live = make_endpoint(first)
+    assert isinstance(look(finished=True, endpoint=live, versions=(first,)), Apply)
+    version = make_version()
+    step = look(finished=True, endpoint=live, versions=(first, version), **make_answered(version.label))
+    assert read_live(step) == version.label
+    step = look(finished=True, endpoint=make_endpoint(version, previous="first"), versions=(first, version))
+    assert {(each.kind, each.name) for each in step.references} == {
+        ("Deployment", "support-7b"),
+        ("ConfigMap", "support-7b-serve"),
+    }
+
+
+def test_a_taken_over_endpoint_is_left_alone():
+    later = dataclasses.replace(OTHER, job="later", job_uid="later-uid")
+    step = look(finished=True, endpoint=make_endpoint(later), versions=(later, make_version()), has_finalizer=False)
+    assert isinstance(step, Finish)
+    assert (step.kept, step.situation.reason) == ((), "TakenOver")
+
+
+def test_a_foreign_service_of_that_name_is_left_alone():
+    step = look(endpoint=Endpoint(is_ours=False))
+    assert (step.situation.reason, step.situation.is_stalled) == ("EndpointTaken", True)
+
+
+def test_switching_inference_off_removes_the_endpoint_at_once():
+    plan = make_test_plan(inference={"enabled": False})
+    version = make_version()
+    step = look(plan, finished=True, endpoint=make_endpoint(version), versions=(version,))
+    assert isinstance(step, Remove)
+    # The Service last: as long as it is there, the rest is known to be this job's.
+    assert step.references[-1].kind == "Service"
+    assert isinstance(look(plan, finished=True), SetFinalizer)
+
+
+@pytest.mark.parametrize("is_retained", [True, False])
+def test_a_deleted_job_takes_its_endpoint_unless_it_is_retained(is_retained):
+    version = make_version()
+    world = make_observed(PLAN, RECORD, endpoint=make_endpoint(version), versions=(version,), has_finalizer=True)
+    step = next_deletion_step(PLAN.names, UID, is_retained, world)
+    assert isinstance(step, SetFinalizer if is_retained else Remove)
+
+
+def test_a_deleted_job_takes_its_candidate_and_leaves_what_answers():
+    candidate = make_version()
+    world = make_observed(PLAN, RECORD, endpoint=make_endpoint(OTHER), versions=(OTHER, candidate), has_finalizer=True)
+    step = next_deletion_step(PLAN.names, UID, False, world)
+    assert {each.name for each in step.references} == {candidate.name}
+
+
+@pytest.mark.parametrize(
+    ("changed", "is_another"),
+    [
+        ({"inference": {"pod": {"resources": {"limits": {"memory": "4Gi"}}}}}, True),
+        ({"inference": {"runtime": "transformers"}}, True),
+        ({"inference": {"version": "older"}}, True),
+        ({"inference": {"replicas": 3}}, False),
+        ({"evaluation": {"gates": [{"task": "holdout", "metric": "loss", "min": 1}]}}, False),
+        ({"ttlSecondsAfterFinished": 5}, False),
+    ],
+)
+def test_what_the_pods_are_makes_another_version_and_nothing_else_does(changed, is_another):
+    assert (label_of(make_test_plan(**changed)) != label_of(PLAN)) is is_another
+
+
+def test_names_of_versions_fit_kubernetes():
+    plan = make_test_plan(inference={"endpoint": "e" * 45})
+    assert len(plan.names.smoke_job(label_of(plan))) <= 63
