@@ -43,7 +43,7 @@ test-faults: venv ## Every fault in every phase of a training, half an hour: no 
 
 ##@ Benchmarks: a table, and build/bench/<name>.json
 
-.PHONY: bench-recovery bench-checkpoint bench-goodput bench-restart bench-filter bench-filter-quality bench-packing bench-prepare bench-weight-diff bench-compose
+.PHONY: bench-recovery bench-checkpoint bench-goodput bench-restart bench-filter bench-filter-quality bench-packing bench-prepare bench-weight-diff bench-compose bench-eval
 bench-recovery: venv-trainer ## Kills at random moments, beside the stock Trainer: KILLS=50 ENGINE=50 SEED=1 MINUTES=inf
 	@.venv-trainer/bin/python -m tests.bench.recovery --kills "$(or $(KILLS),50)" --engine "$(or $(ENGINE),50)" \
 	  --seed "$(or $(SEED),1)" --minutes "$(or $(MINUTES),inf)"
@@ -65,6 +65,8 @@ bench-weight-diff: venv-trainer ## A weight diff in stretches, beside loading bo
 	@.venv-trainer/bin/python -m tests.bench.weight_diff
 bench-compose: venv-trainer ## A composed adapter, beside its parts stacked live
 	@.venv-trainer/bin/python -m tests.bench.compose
+bench-eval: venv-trainer ## Log-likelihoods in rows that share beginnings, beside batch 1: ROUNDS=3
+	@.venv-trainer/bin/python -m tests.bench.eval --rounds "$(or $(ROUNDS),3)"
 
 ##@ Develop
 

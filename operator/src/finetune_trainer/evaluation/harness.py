@@ -19,8 +19,6 @@ GROUPS: Mapping[str, Mapping[str, int]] = {
 Scores = dict[str, dict[str, float]]
 """By task and metric."""
 
-BATCH_SIZE = 8
-"""Requests answered at once; the harness sorts them by length."""
 _BOOTSTRAPS = 100
 """Resamplings for the standard error of metrics that have no formula for it."""
 
@@ -42,11 +40,11 @@ def score_tasks(
     model: Any, tokenizer: Any, names: Sequence[str], limit: int, root: pathlib.Path
 ) -> tuple[Scores, Scores]:
     """Return the scores of one model and their standard errors. Relative task files lie below `root`."""
-    from lm_eval.models.huggingface import HFLM
+    from finetune_trainer.evaluation.language_model import SharingModel
 
     scores: Scores = {}
     errors: Scores = {}
-    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH_SIZE, device=str(model.device))
+    wrapped = SharingModel(model, tokenizer)
     for name, shots in expand_tasks(names):
         for task, metrics in _score_task(wrapped, name, shots, limit, root).items():
             scores[task] = _numbers(metrics, is_error=False)

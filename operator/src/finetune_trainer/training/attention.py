@@ -1,9 +1,10 @@
-"""Attention for packed rows: each example attends to itself alone, and nothing is computed between examples.
+"""Attention that leaves out what a row's mask would hide.
 
-The model's own way would be a mask of width x width for every row: it costs memory, and the kernels for it compute what
-it then hides. Here the examples of a batch are cut out and given to PyTorch's causal attention one by one: no mask, and
-work that grows with the examples' lengths. Transformers hands `seq_lengths` of the batch on to this function wherever
-the model's code passes keyword arguments through; `probe.py` finds out whether it does.
+For packed rows: each example attends to itself alone, and nothing is computed between examples. The model's own way
+would be a mask of width x width for every row: it costs memory, and the kernels for it compute what it then hides. Here
+the examples of a batch are cut out and given to PyTorch's causal attention one by one: no mask, and work that grows
+with the examples' lengths. Transformers hands `seq_lengths` of the batch on to this function wherever the model's code
+passes keyword arguments through; `probe.py` finds out whether it does.
 """
 
 from __future__ import annotations
@@ -17,6 +18,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 BY_EXAMPLE = "by_example"
 """The name under which Transformers knows it."""
+IN_BLOCKS = "in_blocks"
+"""The same of attention with a mask."""
+_BLOCK = 128
+"""Queries that are answered together."""
 
 
 def attend_by_example(
@@ -45,6 +50,29 @@ def attend_by_example(
     return torch.cat(attended, dim=1).view(batch, width, query.shape[1], -1), None
 
 
+def attend_in_blocks(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """Return the attention of (batch, heads, width, size) tensors as (batch, width, heads, size).
+
+    `mask` (batch, 1, width, width) is added to the scores and lets no query see a key behind it: a block of queries is
+    given the keys up to its end, which is half the work.
+    """
+    options.pop("is_causal", None)
+    blocks = []
+    for start in range(0, query.shape[2], _BLOCK):
+        end = min(start + _BLOCK, query.shape[2])
+        given = (query[:, :, start:end], key[:, :, :end], value[:, :, :end], mask[:, :, start:end, :end])
+        blocks.append(sdpa_attention_forward(module, *given, is_causal=False, **options)[0])
+    return torch.cat(blocks, dim=1), None
+
+
 def register() -> None:
-    """Make it known to Transformers; again does nothing."""
+    """Make both known to Transformers; again does nothing."""
     AttentionInterface.register(BY_EXAMPLE, attend_by_example)
+    AttentionInterface.register(IN_BLOCKS, attend_in_blocks)

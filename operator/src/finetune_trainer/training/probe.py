@@ -25,10 +25,12 @@ TOLERANCE = 1e-5
 """Nats per token that the losses of an example may differ by in fp32. Rounding stays below a third of it; where
 examples see each other, losses of this model change by tenths."""
 
+VOCABULARY = 64
+"""Of the tiny models."""
+
 _SECONDS = 120.0
 _LENGTHS = (11, 7, 13, 3, 5, 9, 2)
 _WIDTH = 32
-_VOCABULARY = 64
 _WINDOW = 4
 _WINDOWS = ("sliding_window", "attention_chunk_size")
 
@@ -117,7 +119,7 @@ def _draw_examples() -> list[TokenRow]:
     draw = random.Random(7)
     examples = []
     for length in _LENGTHS:
-        ids = [draw.randrange(1, _VOCABULARY) for _ in range(length)]
+        ids = [draw.randrange(1, VOCABULARY) for _ in range(length)]
         examples.append(TokenRow(array.array("i", ids), array.array("i", [IGNORED, *ids[1:]]), (length,)))
     return examples
 
@@ -136,16 +138,31 @@ def _read_losses(logits: Any, labels: Any) -> Iterator[tuple[tuple[int, ...], fl
                 yield expected, float(losses.mean())
 
 
+def build_small(kind: Any, config: Any, attention: str) -> Any:
+    """Return a tiny model of a class of models, on the CPU in fp32, with the windows that the configuration has."""
+    import torch
+
+    small = _shrink(config, max_length=0)
+    return _fill(kind._from_config(small, dtype=torch.float32, attn_implementation=attention))  # noqa: SLF001
+
+
 def _build(config: Any, attention: str, trust_remote_code: bool) -> Any:
-    """Return a model with random weights large enough that what a token sees decides what it predicts."""
     import torch
     from transformers import AutoModelForCausalLM
 
+    return _fill(
+        AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, trust_remote_code=trust_remote_code, attn_implementation=attention
+        )
+    )
+
+
+def _fill(model: Any) -> Any:
+    """Give a model random weights large enough that what a token sees decides what it predicts."""
+    import torch
+
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(
-        config, dtype=torch.float32, trust_remote_code=trust_remote_code, attn_implementation=attention
-    ).eval()
-    for weight in model.parameters():
+    for weight in model.eval().parameters():
         if weight.ndim > 1:
             torch.nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
     return model
@@ -166,7 +183,7 @@ def _shrink(config: Any, max_length: int) -> Any:
         "moe_intermediate_size": size,
         "num_hidden_layers": max(2, len(kinds)),
         "layer_types": (kinds * 2)[: max(2, len(kinds))],
-        "vocab_size": _VOCABULARY,
+        "vocab_size": VOCABULARY,
         **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0),
         **{name: _WINDOW for name in _WINDOWS if (getattr(text, name, None) or max_length) < max_length},
     }
