@@ -36,5 +36,5 @@ class SharingModel(HFLM):  # type: ignore[misc]
             scored: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
             return scored
         rows = [shared_prefix.Request(context, continuation) for _, context, continuation in requests]
-        with ProgressBar("scoring requests", len(rows)) as bar:
+        with ProgressBar("scoring requests", len(rows), "requests") as bar:
             return shared_prefix.score(self.model, rows, self.max_length, bar.advance)

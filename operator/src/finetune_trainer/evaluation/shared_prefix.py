@@ -17,7 +17,7 @@ from typing import Any
 
 from finetune_trainer.training import modeling, probe
 
-BATCH_TOKENS = {"cpu": 2048}
+BATCH_TOKENS = {"cpu": 1024}
 """Tokens of a batch by device, padding included: what fits a processor's caches."""
 DEFAULT_BATCH_TOKENS = 8192
 """The same for any accelerator."""

@@ -44,32 +44,14 @@ class Answer:
     """Whether the model ended the answer itself."""
 
 
-class Generator:
-    """A loaded model that answers conversations."""
+class Answerer:
+    """A loaded model that answers prompts of tokens."""
 
-    def __init__(
-        self, folder: pathlib.Path, adapter: pathlib.Path | None = None, *, trust_remote_code: bool = False
-    ) -> None:
-        import torch
-
-        self.tokenizer = modeling.load_tokenizer(folder, trust_remote_code)
-        model: Any = modeling.load_model(folder, "auto", trust_remote_code)
-        if adapter is not None:
-            model = _add_adapter(model, adapter)
-        self.model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-        self.limit = modeling.limit_length(self.model.config)
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.limit = modeling.limit_length(model.config)
         """Most tokens of prompt and answer together."""
-
-    def encode(self, messages: Sequence[Message]) -> list[int]:
-        """Return the prompt's tokens, through the chat template that the promoted tokenizer carries."""
-        encoded = self.tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, tokenize=True, return_dict=True
-        )
-        return list(encoded["input_ids"])
-
-    def answer(self, messages: Sequence[Message], max_new_tokens: int, sampling: Sampling = Sampling()) -> Answer:
-        """Answer one conversation."""
-        return self.answer_all([self.encode(messages)], max_new_tokens, sampling)[0]
 
     def answer_all(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling) -> list[Answer]:
         """Answer prompts, given as tokens and all shorter than `limit`, in one batch."""
@@ -100,6 +82,32 @@ class Generator:
         kept = ids if end is None else ids[: end + 1]
         text = self.tokenizer.decode(kept, skip_special_tokens=True)
         return Answer(text, kept, num_prompt_tokens, end is not None)
+
+
+class Generator(Answerer):
+    """A model in a folder that answers conversations."""
+
+    def __init__(
+        self, folder: pathlib.Path, adapter: pathlib.Path | None = None, *, trust_remote_code: bool = False
+    ) -> None:
+        import torch
+
+        tokenizer = modeling.load_tokenizer(folder, trust_remote_code)
+        model: Any = modeling.load_model(folder, "auto", trust_remote_code)
+        if adapter is not None:
+            model = _add_adapter(model, adapter)
+        super().__init__(model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer)
+
+    def encode(self, messages: Sequence[Message]) -> list[int]:
+        """Return the prompt's tokens, through the chat template that the promoted tokenizer carries."""
+        encoded = self.tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=True, tokenize=True, return_dict=True
+        )
+        return list(encoded["input_ids"])
+
+    def answer(self, messages: Sequence[Message], max_new_tokens: int, sampling: Sampling = Sampling()) -> Answer:
+        """Answer one conversation."""
+        return self.answer_all([self.encode(messages)], max_new_tokens, sampling)[0]
 
 
 def _end_ids(model: Any) -> list[int]:

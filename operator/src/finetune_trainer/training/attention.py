@@ -20,7 +20,7 @@ BY_EXAMPLE = "by_example"
 """The name under which Transformers knows it."""
 IN_BLOCKS = "in_blocks"
 """The same of attention with a mask."""
-_BLOCK = 128
+_BLOCK = 256
 """Queries that are answered together."""
 
 
