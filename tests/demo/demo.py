@@ -223,6 +223,8 @@ def report(cluster: Cluster, namespace: str, job: dict[str, Any], killer: PodKil
         f"unigram entropy {tuned['unigram_entropy']:.3f} (nats per answer token)"
     )
     print(f"  endpoint    {serving['url']}  model {serving['model']}  digest {digest}")
+    page = status["promotion"].get("report")
+    print(f"  run report  /workspace/{page}")
     endpoint = job["spec"].get("inference", {}).get("endpoint") or job["metadata"]["name"]
     with cluster.forward(namespace, f"svc/{endpoint}", 80) as url:
         answer = ask(url, serving["model"], PROMPT)
@@ -242,6 +244,7 @@ def report(cluster: Cluster, namespace: str, job: dict[str, Any], killer: PodKil
     check(
         bool(checkpoints["resumedFrom"]), f"training resumed from the complete checkpoint {checkpoints['resumedFrom']}"
     )
+    check(bool(page), "the run left a report")
     promoted = generate(cluster, namespace, endpoint, f"/workspace/output/{digest}")
     check(answer == promoted, "the endpoint's greedy answer equals `generate` on the promoted digest")
     original = generate(cluster, namespace, endpoint, "/workspace/models/base", "--prompt-template", "alpaca")

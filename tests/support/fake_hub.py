@@ -105,6 +105,9 @@ class _Handler(QuietHandler):
         if path == "/api/repos/create":
             self._create()
             return
+        if path == "/api/validate-yaml":
+            self._send_json({"errors": [], "warnings": []})
+            return
         parts = path.removeprefix("/api/").strip("/").split("/")
         is_api = path.startswith("/api/")
         kind = parts.pop(0) if parts[0] in ("models", "datasets") else "models"
@@ -148,7 +151,7 @@ class _Handler(QuietHandler):
             return
         content = found[1][path]
         cut = self.hub.cuts.pop(path, None) if self.command == "GET" else None
-        self.answer_file(content, hashlib.sha1(content).hexdigest(), cut)
+        self.answer_file(content, hashlib.sha1(content).hexdigest(), cut, X_Repo_Commit=found[0])
 
     def count_sent(self, num_bytes: int) -> None:
         self.hub.bytes_sent += num_bytes

@@ -51,6 +51,7 @@ DETAILS: dict[str, dict[str, Any]] = {
         "checkpoint_step": 100,
         "parameters": 4_000_000,
         "bytes": 1,
+        "report": "reports/run-abc123.html",
     },
     "evaluate": {
         "scores": {"holdout": {"loss": 2.0, "perplexity": 7.4, "unigram_entropy": 6.1}},

@@ -89,7 +89,7 @@ class QuietHandler(http.server.BaseHTTPRequestHandler):
     def count_sent(self, num_bytes: int) -> None:
         """Be told of the bytes of a file before they leave, so that a client that has them finds them counted."""
 
-    def answer_file(self, content: bytes, etag: str, cut_after: int | None = None) -> None:
+    def answer_file(self, content: bytes, etag: str, cut_after: int | None = None, **headers: str) -> None:
         """Send a file, or the range that is asked for. `cut_after` breaks the connection after so many bytes."""
         start, end = 0, len(content)
         wanted = self.headers.get("Range", "")
@@ -103,6 +103,8 @@ class QuietHandler(http.server.BaseHTTPRequestHandler):
         self.send_response(206 if wanted else 200)
         self.send_header("Content-Length", str(end - start))
         self.send_header("ETag", f'"{etag}"')
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
         if wanted:
             self.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(content)}")
         self.end_headers()

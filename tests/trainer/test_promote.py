@@ -15,6 +15,7 @@ from finetune_trainer.checkpoints.layout import MANIFEST, checkpoint_name
 from finetune_trainer.checkpoints.manifest import list_files, read_manifest, seal_files, write_manifest
 from finetune_trainer.errors import TrainerError
 from finetune_trainer.promotion import promoted
+from finetune_trainer.storage.publish import PROVENANCE
 from tests.support.training_runs import SMALL, Run
 
 
@@ -126,7 +127,7 @@ def test_the_folder_answers_greedily_and_says_where_it_comes_from(run):
     folder = _promote(run)
 
     generation = json.loads((folder / "generation_config.json").read_text())
-    provenance = json.loads((folder / promoted.PROVENANCE).read_text())
+    provenance = json.loads((folder / PROVENANCE).read_text())
     assert generation.get("do_sample", False) is False
     assert generation["eos_token_id"] is not None
     assert json.loads((folder / "config.json").read_text()).get("use_cache", True) is True

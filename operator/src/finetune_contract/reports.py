@@ -121,9 +121,10 @@ class ExitReport:
         (as the metrics of these names; a failed training reports them, too, with the last step done), packing,
         examples_truncated, examples_dropped and real_token_share (as the metrics of these names), mirrored (newest
         step on the mirror, or null; absent without a mirror).
-    promote: digest, path, checkpoint_step, parameters, bytes.
-    evaluate: scores (task -> metric -> number), baseline (same shape). Held-out rows are the task `holdout` with the
-        metrics loss (nats per answer token), perplexity, and unigram_entropy (nats per answer token, of the answers).
+    promote: digest, path, checkpoint_step, parameters, bytes, report (path of the run report below the workspace).
+    evaluate: scores (task -> metric -> number), baseline (same shape), report (as of promote). Held-out rows are the
+        task `holdout` with the metrics loss (nats per answer token), perplexity, and unigram_entropy (nats per answer
+        token, of the answers).
     publish: destinations (list of URLs with the digest appended).
     """
 

@@ -265,6 +265,43 @@ class ServingConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class AttemptFacts:
+    """What the operator remembers of one attempt at training."""
+
+    number: int
+    nodes: tuple[str, ...] = ()
+    start_time: str = ""
+    """RFC 3339; empty: not known."""
+    end_time: str = ""
+    reason: str = ""
+    """Why it ended."""
+    resumed_from_step: int = 0
+    """0: it started from the base model, or nothing is known."""
+    reached_step: int = 0
+    steps_lost: int = 0
+    seconds_lost: float = 0.0
+    in_pod_restarts: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class RunHistory:
+    """What only the operator knows of the training: handed to the phases behind it, for the run report."""
+
+    attempts: tuple[AttemptFacts, ...] = ()
+    """The newest ones that are remembered, the oldest first."""
+    restarts: int = 0
+    restarts_by_reason: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    productive_seconds: float = 0.0
+    """Time in the optimizer steps that led to the final weights."""
+    allocated_seconds: float = 0.0
+    """Time with training pods, over all attempts."""
+    steps_lost: int = 0
+    seconds_lost: float = 0.0
+    images: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Of the trainer and of the inference server."""
+
+
+@dataclasses.dataclass(frozen=True)
 class RunConfig:
     """Everything that a pod needs to know."""
 
@@ -279,6 +316,8 @@ class RunConfig:
     evaluation: EvaluationConfig = EvaluationConfig()
     promotion: PromotionConfig = PromotionConfig()
     serving: ServingConfig = ServingConfig()
+    history: RunHistory = RunHistory()
+    """Empty while the job trains."""
     progress_deadline_seconds: int = 0
     """How long no rank may stand still between two steps; 0: for ever."""
     version: int = VERSION

@@ -69,8 +69,20 @@ class Workspace:
 
     @property
     def reports(self) -> pathlib.Path:
-        """One JSON file per phase, `dataset-<digest>.json` and `.html`, and `metrics.jsonl`, a line per logged step."""
+        """One JSON file per phase, `dataset-<digest>.json` and `.html`, `run-<digest>.html`, `.json` and `.md` of each
+        promoted model, `scores.json`, `samples.json`, and `metrics.jsonl`, a line per logged step.
+        """
         return self.root / "reports"
+
+    @property
+    def metrics_log(self) -> pathlib.Path:
+        """A line of JSON per logged step, save and start of the ranks; steps done twice have two lines."""
+        return self.reports / "metrics.jsonl"
+
+    @property
+    def samples(self) -> pathlib.Path:
+        """What base and promoted model answer to some held-out prompts."""
+        return self.reports / "samples.json"
 
     @property
     def mirror_state(self) -> pathlib.Path:

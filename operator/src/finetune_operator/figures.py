@@ -251,6 +251,8 @@ def build_promotion(record: records.Record) -> dict[str, Any] | None:
     return {
         "path": str(details.get("path") or Workspace().promoted_model(digest)),
         "digest": digest,
+        # Evaluation writes it anew, with the scores.
+        "report": record.details(Phase.EVALUATE).get("report") or details.get("report"),
         "destinations": [str(each) for each in record.details(Phase.PUBLISH).get("destinations") or ()],
     }
 

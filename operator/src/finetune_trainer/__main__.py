@@ -30,6 +30,7 @@ COMMANDS = {
     "train": "fine-tune the model with DeepSpeed, from the newest complete checkpoint if there is one",
     "promote": "turn a checkpoint into a model that is verified to be whole",
     "evaluate": "score a model on held-out rows and lm-eval tasks, beside its base",
+    "report": "write what came of a run as a page, as JSON and as a model card, from the files it has left",
     "publish": "copy the promoted model to its destinations",
     "serve": "answer OpenAI-compatible requests with a model",
     "generate": "answer prompts from a file or the command line with a model",

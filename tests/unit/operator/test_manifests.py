@@ -8,12 +8,13 @@ import json
 import pytest
 
 from finetune_contract.reports import Phase
+from finetune_contract.run_config import RunConfig, RunHistory
 from finetune_operator.manifests.inference import build_served, build_service, build_smoke_job
 from finetune_operator.manifests.memory import build_plan_map, build_record_map
 from finetune_operator.manifests.phases import build_phase
 from finetune_operator.manifests.training import build_attempt, build_disruption_budget, build_training_service
 from finetune_operator.manifests.workspace import build_workspace_claim
-from finetune_operator.record import Exclusion
+from finetune_operator.record import Attempt, Exclusion
 from tests.support.operator_parts import make_record, make_settings, make_test_plan
 
 PHASES = (Phase.INSPECT, Phase.PREPARE, Phase.PROMOTE, Phase.EVALUATE, Phase.PUBLISH)
@@ -303,3 +304,32 @@ def test_ranks_restart_inside_their_pod_only_where_the_job_allows_restarts(spec,
     record = dataclasses.replace(RECORD, restarts_counted=restarts_counted)
     config_map, _ = build_attempt(make_test_plan(**spec), record, 1, "CA")
     assert json.loads(config_map["data"]["run.json"])["topology"]["in_pod_restarts"] == allowed
+
+
+def test_the_phases_behind_training_are_told_what_the_operator_alone_knows():
+    attempts = (
+        Attempt(1, "support-7b-train-1", nodes=("node-a",), reason="NodeLost", reached_step=40, steps_lost=8),
+        Attempt(2, "support-7b-train-2", nodes=("node-b",), reason="Completed", resumed_from_step=32, reached_step=100),
+    )
+    known = dataclasses.replace(
+        RECORD,
+        attempts=attempts,
+        restarts=1,
+        restarts_by_reason={"NodeLost": 1},
+        productive_seconds=90.0,
+        training_seconds=180.0,
+        steps_lost=8,
+    )
+    for phase in (Phase.PROMOTE, Phase.EVALUATE, Phase.PUBLISH):
+        config_map, _ = build_phase(cpu_plan(), phase, known, "CA")
+        history = RunConfig.from_json(config_map["data"]["run.json"]).history
+        assert [(one.number, one.nodes, one.reason, one.steps_lost) for one in history.attempts] == [
+            (1, ("node-a",), "NodeLost", 8),
+            (2, ("node-b",), "Completed", 0),
+        ]
+        assert (history.attempts[1].resumed_from_step, history.attempts[1].reached_step) == (32, 100)
+        assert (history.restarts, history.restarts_by_reason, history.steps_lost) == (1, {"NodeLost": 1}, 8)
+        assert (history.productive_seconds, history.allocated_seconds) == (90.0, 180.0)
+        assert set(history.images) == {"trainer", "inference"}
+    early = build_phase(cpu_plan(), Phase.PREPARE, make_record(Phase.INSPECT), "CA")[0]
+    assert RunConfig.from_json(early["data"]["run.json"]).history == RunHistory()

@@ -288,3 +288,13 @@ def test_ready_reconciling_and_stalled_never_hold_together(state, is_stalled, re
     step = (Finish if result else Wait)(Situation(state, "Reason", "message", is_stalled=is_stalled))
     held = conditions(build(world, step))
     assert [held[name] for name in ("Ready", "Reconciling", "Stalled")].count("True") <= 1
+
+
+def test_the_run_report_is_named_as_soon_as_there_is_a_model():
+    done = make_record(Phase.INSPECT, Phase.PREPARE, Phase.TRAIN, Phase.PROMOTE, claim_uid="claim")
+    status = build(make_observed(PLAN, done), Wait(TRAINING))
+    assert status.promotion.report == "reports/run-abc123.html"
+    scored = done.with_phase(Phase.EVALUATE, {"scores": {}, "report": "reports/run-def.html"})
+    assert build(make_observed(PLAN, scored), Wait(TRAINING)).promotion.report == "reports/run-def.html"
+    older = done.with_phase(Phase.PROMOTE, {"digest": "abc123"})
+    assert build(make_observed(PLAN, older), Wait(TRAINING)).promotion.report is None

@@ -8,6 +8,8 @@ import pytest
 
 from finetune_contract.run_config import DatasetConfig, Destination, PromotionConfig, RunConfig, Source
 from finetune_trainer.storage import publish as publishing
+from finetune_trainer.storage.publish import ACCOUNTS
+from finetune_trainer.storage.publish import CARD_MARK as MARK
 
 DIGEST = "0123abcd"
 FILES = {"config.json": b"{}", "model.safetensors": b"weights" * 1000}
@@ -56,15 +58,24 @@ def test_the_same_model_from_another_run_is_there_already_with_its_first_account
     run_command, settings, tmp_path, is_complete
 ):
     model = tmp_path / "workspace" / "output" / DIGEST
-    (model / "provenance.json").write_text("the first run")
+    for name in ACCOUNTS:
+        (model / name).write_text("the first run")
     assert run_command("publish", settings=to(settings, "pvc://exports")).code == 0
     copy = tmp_path / "workspace" / "exports" / DIGEST
-    (model / "provenance.json").write_text("a later run")
+    for name in ACCOUNTS:
+        (model / name).write_text("a later run")
     if not is_complete:
         (copy / "COMPLETE").unlink()
     assert run_command("publish", settings=to(settings, "pvc://exports")).code == 0
-    assert (copy / "provenance.json").read_text() == "the first run"
-    assert (copy / "COMPLETE").exists()
+    assert {(copy / name).read_text() for name in ACCOUNTS} == {"the first run"}
+    assert [entry["name"] for entry in json.loads((copy / "COMPLETE").read_text())["files"]] == sorted(FILES)
+
+
+def test_a_copy_from_before_there_were_reports_is_left_as_it_is(run_command, settings, tmp_path):
+    assert run_command("publish", settings=to(settings, "pvc://exports")).code == 0
+    (tmp_path / "workspace" / "output" / DIGEST / "README.md").write_text("a card")
+    assert run_command("publish", settings=to(settings, "pvc://exports")).code == 0
+    assert not (tmp_path / "workspace" / "exports" / DIGEST / "README.md").exists()
 
 
 def test_a_copy_damaged_on_its_way_is_not_kept(run_command, settings, tmp_path, monkeypatch):
@@ -86,6 +97,24 @@ def test_a_hub_gets_one_commit_tagged_with_the_digest(run_command, settings, hub
     assert repository.tags == {DIGEST: commit}
     assert {name: files[name] for name in FILES} == FILES
     assert json.loads(files["COMPLETE"])["digest"] == DIGEST
+
+
+def test_a_tag_from_before_there_were_reports_is_that_of_the_model(run_command, settings, hub, tmp_path):
+    assert run_command("publish", settings=to(settings, "hf://acme/tuned")).code == 0
+    (tmp_path / "workspace" / "output" / DIGEST / "README.md").write_text("a card")
+    assert run_command("publish", settings=to(settings, "hf://acme/tuned")).code == 0
+    assert len(hub.repositories["models/acme/tuned"].commits) == 1
+
+
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_a_card_that_somebody_wrote_on_the_hub_is_kept(run_command, settings, hub, tmp_path, is_ours):
+    there = f"# {MARK if is_ours else 'by hand'}".encode()
+    hub.add("models", "acme/tuned", {"README.md": there})
+    (tmp_path / "workspace" / "output" / DIGEST / "README.md").write_text(f"new {MARK}")
+    assert run_command("publish", settings=to(settings, "hf://acme/tuned")).code == 0
+    _, files = hub.repositories["models/acme/tuned"].commits[-1]
+    assert files["README.md"] == (f"new {MARK}".encode() if is_ours else there)
+    assert files["model.safetensors"] == FILES["model.safetensors"]
 
 
 def test_a_tag_of_other_content_is_refused(run_command, settings, hub):

@@ -234,6 +234,8 @@ class PromotionStatus(StatusModel):
     """Path of the model below /workspace."""
     digest: StatusText | None = None
     """Its digest, which is also its version."""
+    report: StatusText | None = None
+    """Path of the run report below /workspace: a page, with JSON and a model card beside it; also beside the model."""
     destinations: Annotated[list[Annotated[str, Field(max_length=2304)]], Field(max_length=8)] = []
     """Places it was copied to."""
 

@@ -5,6 +5,7 @@ Kubernetes retries them by itself, with its own backoff, as long as the exit cod
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from finetune_contract.reports import ExitCode, Phase
@@ -14,6 +15,7 @@ from finetune_operator.record import Record
 from finetune_operator.sizing import choose_gpus_to_evaluate
 
 from .common import Container, build_job, build_pod_spec
+from .history import build_history
 from .run_config import build_run_config, build_run_config_map
 
 RETRIES = 5
@@ -37,7 +39,10 @@ BYTES_PER_PARAMETER_PROMOTED = 4
 def build_phase(plan: Plan, phase: Phase, record: Record, progress_ca: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the ConfigMap and the Job of a phase."""
     name = plan.names.phase_job(phase)
-    config_map = build_run_config_map(plan, name, phase, build_run_config(plan, record), progress_ca)
+    run = build_run_config(plan, record)
+    if record.has_done(Phase.TRAIN):
+        run = dataclasses.replace(run, history=build_history(plan, record))
+    config_map = build_run_config_map(plan, name, phase, run, progress_ca)
     pod_spec = build_pod_spec(plan, _container(plan, phase, record, name))
     pod_spec["terminationGracePeriodSeconds"] = GRACE_SECONDS
     job = build_job(plan, name, phase, _retry_spec(), pod_spec)

@@ -13,6 +13,7 @@ from finetune_contract.reports import ExitCode, ExitReport, Phase, Reason
 from finetune_trainer.commands import plain
 from finetune_trainer.commands.common import apply_workspace_lock
 from finetune_trainer.evaluation.compare import compare, format_table
+from finetune_trainer.report.write import write_run_report
 from finetune_trainer.reporting import write_exit_report, write_json
 
 MAX_DETAILS = 2800
@@ -40,18 +41,21 @@ def run(args: argparse.Namespace) -> int:
         os.environ.setdefault("HF_HUB_OFFLINE", "0")
     plain.prepare_libraries()
 
-    from finetune_trainer.evaluation.evaluate import evaluate
+    from finetune_trainer.evaluation.evaluate import evaluate, find_promoted, read_digest
 
-    tuned, base = evaluate(settings, pathlib.Path(args.promoted) if args.promoted else None)
+    folder = pathlib.Path(args.promoted) if args.promoted else find_promoted(settings)
+    tuned, base = evaluate(settings, folder)
+    digest = read_digest(folder)
     result = {"scores": tuned.scores, "baseline": base.scores}
     errors = {"errors": tuned.errors, "baselineErrors": base.errors}
     workspace.reports.mkdir(parents=True, exist_ok=True)
-    write_json(workspace.reports / "scores.json", result | errors)
+    write_json(workspace.reports / "scores.json", result | errors | {"digest": digest})
     table = format_table(compare(tuned.scores, base.scores, tuned.errors, base.errors))
     if base.scores:
         (workspace.reports / "scores.md").write_text(table + "\n", encoding="utf-8")
         print(table, file=sys.stderr)
-    report = ExitReport(Phase.EVALUATE, Reason.COMPLETED, _message(tuned.scores, base.scores), details=_shorten(result))
+    details = _shorten(result) | write_run_report(settings, digest)
+    report = ExitReport(Phase.EVALUATE, Reason.COMPLETED, _message(tuned.scores, base.scores), details=details)
     write_exit_report(report, workspace)
     print(json.dumps(result | errors, indent=1, sort_keys=True))
     return ExitCode.OK

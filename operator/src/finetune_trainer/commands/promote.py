@@ -7,6 +7,7 @@ import argparse
 from finetune_contract.reports import ExitCode, ExitReport, Phase, Reason
 from finetune_trainer.commands import plain
 from finetune_trainer.commands.common import apply_workspace_lock
+from finetune_trainer.report.write import write_run_report
 from finetune_trainer.reporting import write_exit_report
 
 
@@ -30,6 +31,7 @@ def run(args: argparse.Namespace) -> int:
         "checkpoint_step": result.checkpoint_step,
         "parameters": result.num_parameters,
         "bytes": result.num_bytes,
+        **write_run_report(settings, result.digest),
     }
     message = f"promoted checkpoint-{result.checkpoint_step} as {result.digest}"
     write_exit_report(ExitReport(Phase.PROMOTE, Reason.COMPLETED, message, details=details), workspace)

@@ -83,7 +83,7 @@ def draw_bars(numbers: Mapping[str, int], total: int, kind: str, name: str) -> s
             f'<text class="number" x="{_LABEL + width + 6:.1f}" y="{top + 16}">{number:,}'
             f'<tspan class="quiet" dx="6">{share}</tspan></text></g>'
         )
-    return _svg(_ROW * len(numbers), name, parts)
+    return wrap_svg(_ROW * len(numbers), name, parts)
 
 
 def draw_histograms(before: Mapping[int, int], after: Mapping[int, int], unit: str, name: str) -> str:
@@ -113,7 +113,7 @@ def draw_histograms(before: Mapping[int, int], after: Mapping[int, int], unit: s
     parts += [_draw_length_tick(EDGES[index], _LEFT + (index - low) * step, base) for index in _choose_ticks(low, high)]
     middle = (_LEFT + _WIDTH - _RIGHT) / 2
     parts.append(f'<text class="quiet" x="{middle}" y="{base + 34}" text-anchor="middle">{escape(unit)}</text>')
-    return _svg(base + _BOTTOM, name, parts)
+    return wrap_svg(base + _BOTTOM, name, parts)
 
 
 def draw_fates(fates: Sequence[tuple[str, str, int]], name: str) -> str:
@@ -125,10 +125,11 @@ def draw_fates(fates: Sequence[tuple[str, str, int]], name: str) -> str:
         title = f"<title>{escape(label)}: {rows:,} ({escape(format_share(rows, total))})</title>"
         parts.append(f'<rect class="{kind}" x="{x:.1f}" y="0" width="{part:.1f}" height="22">{title}</rect>')
         x += part
-    return _svg(22, name, parts, width)
+    return wrap_svg(22, name, parts, width)
 
 
-def _svg(height: float, name: str, parts: Sequence[str], width: int = _WIDTH) -> str:
+def wrap_svg(height: float, name: str, parts: Sequence[str], width: float = _WIDTH) -> str:
+    """Return the SVG of a plot with a name for those who do not see it."""
     return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(name)}">{"".join(parts)}</svg>'
 
 

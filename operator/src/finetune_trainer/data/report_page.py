@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from finetune_trainer.data.page_style import STYLE
+from finetune_trainer.data.page_parts import build_document, build_section, build_table, build_tile
 from finetune_trainer.data.plots import draw_bars, draw_fates, draw_histograms, escape, format_share, shorten
 
 if TYPE_CHECKING:
@@ -55,39 +55,28 @@ def build_page(report: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) 
         _build_sources(report["sources"]),
         _build_settings(report),
     ]
-    title = f"Data set {report['digest']}"
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta name="color-scheme" content="light dark"><title>{escape(title)}</title><style>{STYLE}</style></head>\n'
-        f"<body><main><header><h1>Data preparation</h1><p>Data set <code>{escape(report['digest'])}</code></p>"
-        f"</header>\n{''.join(section for section in sections if section)}</main></body></html>\n"
-    )
-
-
-def _section(title: str, *parts: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>{''.join(parts)}</section>\n"
+    digest = report["digest"]
+    subtitle = f"Data set <code>{escape(digest)}</code>"
+    return build_document(f"Data set {digest}", "Data preparation", subtitle, sections)
 
 
 def _build_summary(report: Mapping[str, Any]) -> str:
     read = report["rowsRead"]
-    tiles = "".join(_build_tile(label, report[key], read) for label, key in _TILES)
-    outputs = "".join(_build_tile(label, report[key]) for label, key in _OUTPUTS)
+    tiles = "".join(_count_tile(label, report[key], read) for label, key in _TILES)
+    outputs = "".join(_count_tile(label, report[key]) for label, key in _OUTPUTS)
     fates = [(kind, label, report[key]) for kind, label, key in _FATES]
     legend = "".join(f'<span><i class="{kind}"></i>{label}</span>' for kind, label, rows in fates if rows)
     bar = draw_fates(fates, "Rows kept, removed and unusable")
-    return _section(
+    return build_section(
         "Summary",
         f'<div class="fates">{bar}<p class="legend">{legend}</p></div>',
         f'<div class="tiles">{tiles}</div><div class="tiles">{outputs}</div>',
     )
 
 
-def _build_tile(label: str, number: int | None, total: int = 0) -> str:
+def _count_tile(label: str, number: int | None, total: int = 0) -> str:
     value = "not counted" if number is None else f"{number:,}"
-    share = f"<small>{escape(format_share(number, total))}</small>" if number and total > number else ""
-    return f"<div><b>{value}</b><span>{escape(label)}{share}</span></div>"
+    return build_tile(label, value, format_share(number, total) if number and total > number else "")
 
 
 def _build_findings(report: Mapping[str, Any], word: str, title: str) -> str:
@@ -107,7 +96,7 @@ def _build_findings(report: Mapping[str, Any], word: str, title: str) -> str:
     # The plot of the rules is the tallest, so the other three share the column beside it.
     columns = f'<div class="plots"><div class="stack">{"".join(plots[:-1])}</div>{plots[-1]}</div>'
     several = "" if word == "removed" else " A row counts once for each rule that found something in it."
-    return _section(title, f'<p class="note">Shares are of all rows read.{several}</p>', columns)
+    return build_section(title, f'<p class="note">Shares are of all rows read.{several}</p>', columns)
 
 
 def _build_lengths(lengths: Mapping[str, Any]) -> str:
@@ -126,7 +115,7 @@ def _build_lengths(lengths: Mapping[str, Any]) -> str:
         return ""
     legend = '<p class="legend"><span><i class="before"></i>before</span><span><i class="after"></i>after</span></p>'
     note = '<p class="note">Rows per length, before and after; four bins to each doubling of the length.</p>'
-    return _section("Lengths", note, legend, f'<div class="plots">{"".join(plots)}</div>')
+    return build_section("Lengths", note, legend, f'<div class="plots">{"".join(plots)}</div>')
 
 
 def _build_length_table(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
@@ -151,7 +140,7 @@ def _build_judge(judge: Mapping[str, Any] | None) -> str:
     share = judge["agreement"]
     note = "" if share is None else f"<p>Where the rules are sure, the judge agrees on {share:.1%} of the rows.</p>"
     head = '<thead><tr><th></th><th class="number">judge removes</th><th class="number">judge keeps</th></tr></thead>'
-    return _section("Judge", note, f'<table class="narrow">{head}<tbody>{rows}</tbody></table>')
+    return build_section("Judge", note, f'<table class="narrow">{head}<tbody>{rows}</tbody></table>')
 
 
 def _build_rules(rules: Sequence[Mapping[str, Any]], samples: Sequence[Mapping[str, Any]]) -> str:
@@ -169,7 +158,7 @@ def _build_rules(rules: Sequence[Mapping[str, Any]], samples: Sequence[Mapping[s
         # A rule of several languages has one sample, shown with the first.
         own = found.pop((rule["action"], rule["rule"]), [])
         blocks.append(_build_rule(rule, own, is_open=position < _OPEN_RULES))
-    return _section("Rules", note, *blocks)
+    return build_section("Rules", note, *blocks)
 
 
 def _build_rule(rule: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], *, is_open: bool) -> str:
@@ -194,7 +183,7 @@ def _build_bad_rows(report: Mapping[str, Any]) -> str:
         return ""
     note = f'<p class="note">The first {len(rows):,} of {report["rowsBad"]:,}; all are in bad.jsonl.</p>'
     lines = [(row["file"], f"{row['line']:,}", row["why"]) for row in rows]
-    return _section("Unusable rows", note, _build_table(("File", "Line", "Why"), lines))
+    return build_section("Unusable rows", note, build_table(("File", "Line", "Why"), lines))
 
 
 def _build_sources(sources: Sequence[Mapping[str, Any]]) -> str:
@@ -204,13 +193,7 @@ def _build_sources(sources: Sequence[Mapping[str, Any]]) -> str:
         numbers = [f"{source[key]:,}" for key in ("rowsRead", "rowsKept", "rowsRemoved", "rowsBad")]
         lines.append(("\n".join(files), source["format"], f"{source['weight']:g}", *numbers))
     names = ("Files", "Format", "Weight", "Read", "Kept", "Removed", "Unusable")
-    return _section("Sources", _build_table(names, lines))
-
-
-def _build_table(names: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in names)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in line) + "</tr>" for line in lines)
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return build_section("Sources", build_table(names, lines))
 
 
 def _build_settings(report: Mapping[str, Any]) -> str:
@@ -219,4 +202,4 @@ def _build_settings(report: Mapping[str, Any]) -> str:
         text = text[:_LONGEST_SETTINGS] + "\n… the rest is in report.json"
     named = {**report["versions"], "data format": report["version"]}
     versions = " · ".join(f"{escape(name)} {escape(version)}" for name, version in named.items())
-    return _section("Settings and versions", f"<p>{versions}</p><pre>{escape(text)}</pre>")
+    return build_section("Settings and versions", f"<p>{versions}</p><pre>{escape(text)}</pre>")

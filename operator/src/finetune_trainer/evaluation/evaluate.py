@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 from finetune_contract.reports import ExitCode, Reason
@@ -12,6 +13,7 @@ from finetune_contract.workspace import Workspace
 from finetune_trainer.errors import TrainerError
 from finetune_trainer.evaluation.harness import Scores, is_local, score_tasks
 from finetune_trainer.evaluation.holdout import measure_entropy, score_holdout
+from finetune_trainer.evaluation.samples import Sample, answer_samples, choose_samples, write_samples
 from finetune_trainer.promotion import promoted
 from finetune_trainer.reporting import emit
 from finetune_trainer.training import modeling, tokens
@@ -25,14 +27,26 @@ class Side:
     scores: Scores = dataclasses.field(default_factory=dict)
     errors: Scores = dataclasses.field(default_factory=dict)
     """Standard errors, of the scores that have one."""
+    answers: list[str] = dataclasses.field(default_factory=list)
+    """To the sample prompts."""
 
 
 def evaluate(run: RunConfig, model: pathlib.Path | None = None) -> tuple[Side, Side]:
     """Return what the model (by default the promoted one) and its base reach, task by task."""
     folder = model or find_promoted(run)
     rows = _read_holdout(run) if run.evaluation.holdout else None
-    tuned = _score(run, folder, rows)
-    return tuned, _score(run, modeling.find_base_model(run), rows) if run.evaluation.baseline else Side()
+    samples = _choose_samples(run) if rows is not None else []
+    tuned = _score(run, folder, rows, samples)
+    base = _score(run, modeling.find_base_model(run), rows, samples) if run.evaluation.baseline else Side()
+    if samples:
+        digest = read_digest(folder)
+        write_samples(Workspace(pathlib.Path(run.workspace)).samples, digest, samples, tuned.answers, base.answers)
+    return tuned, base
+
+
+def read_digest(folder: pathlib.Path) -> str:
+    """Return the digest of a promoted model; empty for a folder that is none."""
+    return str(promoted.read_manifest(folder)["digest"]) if (folder / promoted.MANIFEST).exists() else ""
 
 
 def find_promoted(run: RunConfig) -> pathlib.Path:
@@ -69,7 +83,11 @@ def _read_holdout(run: RunConfig) -> tokens.TokenizedRows:
     return rows
 
 
-def _score(run: RunConfig, folder: pathlib.Path, rows: tokens.TokenizedRows | None) -> Side:
+def _choose_samples(run: RunConfig) -> list[Sample]:
+    return choose_samples(tokens.read_conversations(find_dataset(run) / "holdout.jsonl"), run.dataset.seed)
+
+
+def _score(run: RunConfig, folder: pathlib.Path, rows: tokens.TokenizedRows | None, samples: Sequence[Sample]) -> Side:
     import torch
 
     # Both models in 16 bits, as they are served: a difference in precision would pass for one in quality.
@@ -79,9 +97,11 @@ def _score(run: RunConfig, folder: pathlib.Path, rows: tokens.TokenizedRows | No
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     scores: Scores = {}
     errors: Scores = {}
+    answers: list[str] = []
     if rows is not None:
         scores["holdout"], errors["holdout"] = score_holdout(model, rows, modeling.choose_pad_token(tokenizer))
         scores["holdout"]["unigram_entropy"] = measure_entropy(rows)
+        answers = answer_samples(model, tokenizer, samples, run.dataset.prompt_template)
         emit("held-out rows scored", model=folder.name[:12], rows=len(rows.rows), **scores["holdout"])
     if run.evaluation.tasks:
         root = pathlib.Path(run.workspace)
@@ -89,4 +109,4 @@ def _score(run: RunConfig, folder: pathlib.Path, rows: tokens.TokenizedRows | No
         emit("tasks begin", model=folder.name[:12], tasks=len(run.evaluation.tasks), local=local)
         found, spread = score_tasks(model, tokenizer, run.evaluation.tasks, run.evaluation.limit, root)
         scores, errors = scores | found, errors | spread
-    return Side(scores, errors)
+    return Side(scores, errors, answers)

@@ -61,7 +61,7 @@ def promote(run: RunConfig) -> Promotion:
         _write_companions(run, base, beside)
         num_parameters = _verify(run, base, beside)
         digest = promoted.write_manifest(beside)
-        write_json(beside / PROVENANCE, build_provenance(run, manifest, digest))
+        write_json(beside / PROVENANCE, build_provenance(run, manifest, digest, num_parameters))
         target = _publish(beside, workspace.promoted_model(digest))
     finally:
         shutil.rmtree(beside, ignore_errors=True)

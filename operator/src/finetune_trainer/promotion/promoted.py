@@ -16,15 +16,17 @@ from finetune_contract.reports import ExitCode, Reason
 from finetune_trainer.checkpoints.manifest import FileEntry, seal_files, sync_folder
 from finetune_trainer.errors import TrainerError
 from finetune_trainer.reporting import write_json
-from finetune_trainer.storage.publish import PROVENANCE
+from finetune_trainer.storage.publish import ACCOUNTS
 
 MANIFEST = "finetune-model.json"
+NOT_CONTENT = frozenset((MANIFEST, *ACCOUNTS))
+"""Files at the top of the folder that lie beside the model: they tell of it, and may be written anew."""
 
 
 def list_content(folder: pathlib.Path) -> list[str]:
     """List the files that make up the model, as relative paths."""
     names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return sorted(name for name in names if name not in (MANIFEST, PROVENANCE))
+    return sorted(name for name in names if name not in NOT_CONTENT)
 
 
 def make_digest(files: Mapping[str, FileEntry]) -> str:

@@ -1,4 +1,7 @@
-"""Where a promoted model comes from, as one machine-readable record: base, data, recipe, checkpoint, code. No torch."""
+"""Where a promoted model comes from, as one machine-readable record. No torch.
+
+Base, data with the report of its filter, recipe, checkpoint, restarts and code.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +19,13 @@ from finetune_trainer.versions import read_version
 _PACKAGES = ("finetune-operator", "torch", "transformers", "trl", "deepspeed", "accelerate", "peft")
 
 
-def build_provenance(run: RunConfig, checkpoint: Manifest, digest: str) -> dict[str, Any]:
+def build_provenance(run: RunConfig, checkpoint: Manifest, digest: str, num_parameters: int) -> dict[str, Any]:
     """Return the record of one promotion."""
     workspace = Workspace(pathlib.Path(run.workspace))
     data = _read_json(workspace.current_dataset)
     return {
         "digest": digest,
+        "parameters": num_parameters,
         "created_at": now_text(),
         "job": dataclasses.asdict(run.job),
         "base_model": {
@@ -36,6 +40,12 @@ def build_provenance(run: RunConfig, checkpoint: Manifest, digest: str) -> dict[
             "report": _read_json(workspace.dataset(data["digest"]) / "report.json") if data.get("digest") else {},
         },
         "training": dataclasses.asdict(run.training),
+        "topology": dataclasses.asdict(run.topology),
+        "restarts": {
+            "total": run.history.restarts,
+            "by_reason": dict(run.history.restarts_by_reason),
+            "steps_lost": run.history.steps_lost,
+        },
         "checkpoint": {
             "step": checkpoint.step,
             "attempt": checkpoint.attempt,
@@ -43,6 +53,7 @@ def build_provenance(run: RunConfig, checkpoint: Manifest, digest: str) -> dict[
             "world_size": checkpoint.world_size,
             "metrics": dict(checkpoint.metrics),
         },
+        "images": dict(run.history.images),
         "versions": {name: read_version(name) for name in _PACKAGES},
     }
 

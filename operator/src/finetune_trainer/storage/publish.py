@@ -28,8 +28,14 @@ if TYPE_CHECKING:
 
 COMPLETE = "COMPLETE"
 PROVENANCE = "provenance.json"
-"""How a model came about. Two runs can make the same model, so this file is no part of what the digest names: the
-account of the run that published first stays."""
+"""How a model came about."""
+REPORT_PAGE, REPORT_JSON, MODEL_CARD = "report.html", "report.json", "README.md"
+"""The run report and the model card, beside the model."""
+ACCOUNTS = frozenset((PROVENANCE, REPORT_PAGE, REPORT_JSON, MODEL_CARD))
+"""Files that tell how a model came about. Two runs can make the same model, so they are no part of what the digest
+names: the account of the run that published first stays."""
+CARD_MARK = "<!-- finetune-operator wrote this card. Remove this line to keep it as you have edited it. -->"
+"""Stands in every model card of ours: another one on a hub is somebody's own, and is kept."""
 
 Advance = Callable[[int], None]
 
@@ -121,7 +127,7 @@ def _write_unless_same(target: Target, file: LocalFile) -> None:
     try:
         is_there = target.has_same(file)
     except TrainerError as error:
-        if file.name != PROVENANCE or error.reason is not Reason.INVALID_CONFIG:
+        if file.name not in ACCOUNTS or error.reason is not Reason.INVALID_CONFIG:
             raise
         is_there = True
     if not is_there:
@@ -130,7 +136,7 @@ def _write_unless_same(target: Target, file: LocalFile) -> None:
 
 def build_complete(digest: str, files: Sequence[LocalFile]) -> bytes:
     """Return the content of COMPLETE: the digest and the size and SHA-256 of every file that it names."""
-    named = [file for file in files if file.name != PROVENANCE]
+    named = [file for file in files if file.name not in ACCOUNTS]
     listed = [{"name": file.name, "size": file.size, "sha256": file.sha256} for file in named]
     return (json.dumps({"digest": digest, "files": listed}, indent=1, sort_keys=True) + "\n").encode()
 

@@ -8,7 +8,8 @@ import math
 import os
 import pathlib
 import time
-from typing import Any
+from collections.abc import Mapping
+from typing import IO, Any
 
 from transformers import TrainerCallback
 
@@ -97,9 +98,7 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
         self._reporter = ProgressReporter()
         self._workspace = Workspace(pathlib.Path(run.workspace))
         self._is_mirrored = bool(run.checkpoint.mirror.destination)
-        reports = self._workspace.reports
-        reports.mkdir(parents=True, exist_ok=True)
-        self._file = (reports / "metrics.jsonl").open("a", encoding="utf-8")
+        self._file = _open_log(self._workspace.metrics_log)
         self._gauges = _serve_gauges()
         self._first: tuple[int, float] | None = None
         self._last: tuple[int, float] = (0, 0.0)
@@ -122,6 +121,8 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
         if self._keeper.resumed_from is not None:
             metrics |= {Metric.RESUMED_FROM: self._keeper.resumed_from, **self._describe_checkpoints()}
         self._reported = (self._keeper.latest_complete, self._keeper.last_committed_at)
+        # What the log has beyond this step was lost; `report.history` reads it so.
+        self._write(state, {Metric.TOTAL_STEPS: state.max_steps}, event="start")
         self._post(state, metrics, urgent=True)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -148,6 +149,8 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
         """Report a logged step."""
+        if "eval_loss" in logs:
+            self._write(state, {"eval_loss": logs["eval_loss"]})
         if "loss" not in logs:
             return
         now = time.monotonic()
@@ -209,8 +212,9 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
             metrics[Metric.BEST_CHECKPOINT] = keeper.best
         return metrics
 
-    def _write(self, state: Any, metrics: dict[str, float]) -> None:
-        line = {"step": state.global_step, "at": now_text(), **{str(key): value for key, value in metrics.items()}}
+    def _write(self, state: Any, metrics: Mapping[str, float], **facts: str) -> None:
+        line: dict[str, Any] = {"step": state.global_step, "at": now_text(), "attempt": self._keeper.attempt, **facts}
+        line |= {str(name): value for name, value in metrics.items()}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
 
@@ -260,6 +264,17 @@ _HELP = {
     Metric.REAL_TOKEN_SHARE: "Share of the places of training sequences that hold tokens",
     Metric.STEPS_LOST: "Optimizer steps of this attempt that restarts inside its pod threw away",
 }
+
+
+def _open_log(path: pathlib.Path) -> IO[str]:
+    """Open the log behind its last whole line: the one before may have been cut off."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read() != b"\n":
+                file.write(b"\n")
+    return path.open("a", encoding="utf-8")
 
 
 def _serve_gauges() -> dict[str, Any]:

@@ -1,0 +1,168 @@
+"""The model card of a promoted model: README.md with the front matter that hubs read, by `huggingface_hub`. Pure.
+
+It holds no text of the data and no answer: those are in the report's page.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from finetune_trainer.report.page_attempts import format_seconds
+from finetune_trainer.storage.publish import CARD_MARK, PROVENANCE, REPORT_PAGE
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+_TEMPLATES = {"wizardlm", "alpaca", "vicuna"}
+
+
+def build_card(report: Mapping[str, Any]) -> str:
+    """Return the card's text."""
+    data = ModelCardData(
+        base_model=_name_on_hub(report["base"].get("source")),
+        datasets=[name for source in report["data"].get("sources") or () if (name := _name_on_hub(source))] or None,
+        eval_results=_list_results(report["scores"]) or None,
+        library_name="transformers",
+        license=report["base"].get("license"),
+        model_name=_choose_name(report),
+        pipeline_tag="text-generation",
+        tags=["finetune-operator", "sft", *(["lora"] if report["training"].get("method") == "lora" else [])],
+    )
+    sections = (
+        CARD_MARK,
+        f"# {_choose_name(report)}",
+        _describe(report),
+        _build_use(report),
+        _build_training(report),
+        _build_data(report["data"]),
+        _build_scores(report["scores"]),
+        _build_lineage(report),
+    )
+    body = "\n\n".join(section for section in sections if section)
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n"))
+
+
+def _choose_name(report: Mapping[str, Any]) -> str:
+    return str(report["job"].get("name") or (report["model"].get("digest") or "")[:12] or "model")
+
+
+def _name_on_hub(source: str | None) -> str | None:
+    """Return `owner/name` of a source on the hub; None for one elsewhere."""
+    found = re.fullmatch(r"hf://(?:datasets/|models/)?([^/@]+/[^/@]+)(?:[/@].*)?", source or "")
+    return found.group(1) if found else None
+
+
+def _list_results(scores: Sequence[Mapping[str, Any]]) -> list[EvalResult]:
+    """Return the scores of tasks as hubs know them; held-out rows are no data set of a hub, and are in the text."""
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=one["task"],
+            dataset_name=one["task"],
+            metric_type=one["metric"].partition(",")[0],
+            metric_value=one["tuned"],
+        )
+        for one in scores
+        if one["task"] != "holdout" and math.isfinite(one["tuned"])
+    ]
+
+
+def _describe(report: Mapping[str, Any]) -> str:
+    base = report["base"]
+    if not base.get("source"):
+        return ""
+    revision = f" at revision `{base['revision']}`" if base.get("revision") else ""
+    return f"`{base['source']}`{revision}, fine-tuned on instructions."
+
+
+def _build_use(report: Mapping[str, Any]) -> str:
+    template = report["data"].get("promptTemplate")
+    prompt = f"The prompt of training is `{template}`; " if template in _TEMPLATES else ""
+    return (
+        "## Use\n\n"
+        f"{prompt}the tokenizer's chat template renders it.\n\n"
+        "```python\n"
+        "from transformers import pipeline\n\n"
+        'generate = pipeline("text-generation", model=".")  # this folder, or the repository\'s name\n'
+        'print(generate([{"role": "user", "content": "..."}])[0]["generated_text"][-1]["content"])\n'
+        "```"
+    )
+
+
+def _build_training(report: Mapping[str, Any]) -> str:
+    training, work, summary = report["training"], report["work"], report["summary"]
+    facts = []
+    if training:
+        facts.append(f"recipe `{training['recipe']}`, method `{training['method']}`, precision {training['precision']}")
+        facts.append(f"learning rate {training['learning_rate']:g}, {training['scheduler']}, seed {training['seed']}")
+    if "step" in summary:
+        facts.append(f"{summary['step']:,} optimizer steps")
+    if "lastLoss" in summary:
+        facts.append(f"training loss {summary['firstLoss']:.4g} at first, {summary['lastLoss']:.4g} at last")
+    if work:
+        hours = f", {work['gpuHours']:.4g} GPU-hours" if work["gpus"] else ""
+        goodput = f", goodput {work['goodput']:.1%}" if "goodput" in work else ""
+        facts.append(f"{format_seconds(work['allocatedSeconds'])} with training pods{hours}{goodput}")
+        facts.append(f"restarts: {work['restarts']:,}; steps lost to them: {work['stepsLost']:,}")
+    return _section("Training", facts)
+
+
+def _build_data(data: Mapping[str, Any]) -> str:
+    facts = [f"source `{source}`" for source in data.get("sources") or ()]
+    if "rowsRead" in data:
+        removed = ", ".join(f"{name} {rows:,}" for name, rows in sorted((data.get("removedPerCategory") or {}).items()))
+        aside = f" ({removed})" if removed else ""
+        facts.append(
+            f"{data['rowsRead']:,} rows read, {data['rowsKept']:,} kept, {data['rowsRemoved']:,} removed{aside}"
+        )
+    if data.get("digest"):
+        facts.append(f"digest `{data['digest']}`")
+    return _section("Data", facts)
+
+
+def _build_scores(scores: Sequence[Mapping[str, Any]]) -> str:
+    if not scores:
+        return ""
+    lines = [
+        "## Scores\n",
+        "± is one standard error.\n",
+        "| task | metric | tuned | base | difference | larger than its error |",
+        "|---|---|---:|---:|---:|---|",
+    ]
+    words = {None: "no error known", True: "yes", False: "no"}
+    for one in scores:
+        base, difference, verdict = "", "", ""
+        if "base" in one:
+            base = _format(one["base"], one["baseError"])
+            difference = f"{one['difference']:+.4g}" + _format_error(one["differenceError"])
+            verdict = words[one["isLargerThanError"]]
+        tuned = _format(one["tuned"], one["tunedError"])
+        lines.append(f"| {one['task']} | {one['metric']} | {tuned} | {base} | {difference} | {verdict} |")
+    return "\n".join(lines)
+
+
+def _format(value: float, error: float | None) -> str:
+    return f"{value:.4g}" + _format_error(error)
+
+
+def _format_error(error: float | None) -> str:
+    return f" ± {error:.2g}" if error is not None else ""
+
+
+def _build_lineage(report: Mapping[str, Any]) -> str:
+    checkpoint, base = report["checkpoint"], report["base"]
+    facts = [f"model digest `{report['model'].get('digest', '')}`"] if report["model"] else []
+    facts += [f"base model digest `{base['digest']}`"] if base.get("digest") else []
+    facts += [f"checkpoint of step {checkpoint['step']:,}"] if "step" in checkpoint else []
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items() if version)
+    facts += [versions] if versions else []
+    facts.append(f"everything, to be read by programs: `{PROVENANCE}`; as a page: `{REPORT_PAGE}`")
+    return _section("Lineage", facts)
+
+
+def _section(title: str, facts: Sequence[str]) -> str:
+    return f"## {title}\n\n" + "\n".join(f"- {fact}" for fact in facts) if facts else ""
