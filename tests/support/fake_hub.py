@@ -51,6 +51,8 @@ class FakeHub:
     """Bytes of files."""
     failures: list[int] = dataclasses.field(default_factory=list)
     """Statuses to answer the next requests with."""
+    spoiled: set[str] = dataclasses.field(default_factory=set)
+    """Names of files of which the next commit keeps something else."""
     cuts: dict[str, int] = dataclasses.field(default_factory=dict)
     """File name -> bytes after which its next download breaks."""
 
@@ -191,9 +193,16 @@ class _Handler(QuietHandler):
         for line in self.body.splitlines():
             entry = json.loads(line)
             if entry["key"] == "file":
-                files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
+                content = base64.b64decode(entry["value"]["content"])
+                files[entry["value"]["path"]] = self._spoil(entry["value"]["path"], content)
         commit = repository.commit(files)
         self._send_json({"success": True, "commitOid": commit, "commitUrl": f"{self.hub.url}/me/x/commit/{commit}"})
+
+    def _spoil(self, name: str, content: bytes) -> bytes:
+        if name not in self.hub.spoiled:
+            return content
+        self.hub.spoiled.remove(name)
+        return bytes(len(content))
 
     def _api_tag(self, repository: Repository, revision: str) -> None:
         found = repository.find(revision)
@@ -206,7 +215,11 @@ class _Handler(QuietHandler):
 
 
 def _describe(path: str, content: bytes) -> dict[str, object]:
-    facts: dict[str, object] = {"rfilename": path, "size": len(content), "blobId": hashlib.sha1(content).hexdigest()}
+    facts: dict[str, object] = {"rfilename": path, "size": len(content), "blobId": _hash_as_git(content)}
     if path.endswith((".safetensors", ".parquet")):
         facts["lfs"] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
     return facts
+
+
+def _hash_as_git(content: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()

@@ -136,6 +136,9 @@ def test_the_folder_answers_greedily_and_says_where_it_comes_from(run):
     assert provenance["base_model"]["source"] == str(run.model)
     assert provenance["digest"] == folder.name
     assert provenance["versions"]["deepspeed"]
+    assert provenance["training"]["recipe"] == "efficient"
+    assert provenance["restarts"] == {"total": 0, "by_reason": {}, "steps_lost": 0}
+    assert provenance["parameters"] == run.report("promote")["details"]["parameters"]
 
 
 def test_promoting_again_uses_the_folder_again_and_changes_nothing(run):
@@ -225,6 +228,19 @@ def test_a_damaged_promoted_folder_is_refused_by_name(run):
     with pytest.raises(TrainerError, match=r"tokenizer\.json is missing"):
         promoted.read_manifest(folder)
     assert run.call("evaluate") == ExitCode.NO_INPUT
+
+
+def test_a_foreign_folder_under_the_digest_is_refused_by_name_and_kept(run):
+    folder = _promote(run)
+    shutil.rmtree(folder)
+    folder.mkdir()
+    (folder / "notes.txt").write_text("somebody's own")
+
+    assert run.call("promote") == ExitCode.NO_INPUT
+    report = run.report("promote")
+    assert report["reason"] == Reason.PROMOTION_INVALID
+    assert str(folder) in report["message"]
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
 
 
 def test_the_best_cannot_be_promoted_when_none_was_measured(run):

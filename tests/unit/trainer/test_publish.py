@@ -106,6 +106,25 @@ def test_a_tag_from_before_there_were_reports_is_that_of_the_model(run_command, 
     assert len(hub.repositories["models/acme/tuned"].commits) == 1
 
 
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_what_a_hub_keeps_is_compared_before_it_is_tagged(run_command, settings, hub, name):
+    hub.spoiled.add(name)
+    outcome = run_command("publish", settings=to(settings, "hf://acme/tuned"))
+    assert (outcome.code, outcome.report["reason"]) == (69, "DestinationUnavailable")
+    assert name in outcome.text
+    assert hub.repositories["models/acme/tuned"].tags == {}
+    assert run_command("publish", settings=to(settings, "hf://acme/tuned")).code == 0
+    assert DIGEST in hub.repositories["models/acme/tuned"].tags
+
+
+def test_a_tag_with_equal_names_and_other_content_is_refused(run_command, settings, hub):
+    other = {**FILES, "model.safetensors": b"altered" * 1000, "COMPLETE": b"{}"}
+    commit = hub.add("models", "acme/tuned", other)
+    hub.repositories["models/acme/tuned"].tags[DIGEST] = commit
+    outcome = run_command("publish", settings=to(settings, "hf://acme/tuned"))
+    assert (outcome.code, outcome.report["reason"]) == (78, "InvalidConfig")
+
+
 @pytest.mark.parametrize("is_ours", [True, False])
 def test_a_card_that_somebody_wrote_on_the_hub_is_kept(run_command, settings, hub, tmp_path, is_ours):
     there = f"# {MARK if is_ours else 'by hand'}".encode()
