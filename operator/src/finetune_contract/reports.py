@@ -125,7 +125,8 @@ class ExitReport:
     evaluate: scores (task -> metric -> number), baseline (same shape), report (as of promote). Held-out rows are the
         task `holdout` with the metrics loss (nats per answer token), perplexity, and unigram_entropy (nats per answer
         token, of the answers).
-    publish: destinations (list of URLs with the digest appended).
+    publish: destinations (list of URLs with the digest appended), weight_diff (path below the workspace, bytes of the
+        compressed difference, ratio to the bytes of the weights; absent without one).
     """
 
     phase: str

@@ -253,6 +253,13 @@ class PromotionConfig:
     destinations: tuple[Destination, ...] = ()
     digest: str = ""
     """Digest of the promoted model; empty until promotion has run."""
+    weight_diff: bool = False
+    """Make the difference from the base model, too, and copy it with the model."""
+
+    @property
+    def needs_publishing(self) -> bool:
+        """Is there anything to make or to copy behind the gates?"""
+        return bool(self.destinations) or self.weight_diff
 
 
 @dataclasses.dataclass(frozen=True)

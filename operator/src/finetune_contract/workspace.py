@@ -67,6 +67,10 @@ class Workspace:
         """The promoted model with this digest."""
         return self.output / digest
 
+    def weight_diff(self, digest: str) -> pathlib.Path:
+        """The difference of a promoted model from the base model."""
+        return self.root / "weight-diffs" / digest
+
     @property
     def reports(self) -> pathlib.Path:
         """One JSON file per phase, `dataset-<digest>.json` and `.html`, `run-<digest>.html`, `.json` and `.md` of each

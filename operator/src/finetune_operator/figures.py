@@ -254,6 +254,7 @@ def build_promotion(record: records.Record) -> dict[str, Any] | None:
         # Evaluation writes it anew, with the scores.
         "report": record.details(Phase.EVALUATE).get("report") or details.get("report"),
         "destinations": [str(each) for each in record.details(Phase.PUBLISH).get("destinations") or ()],
+        "weight_diff": record.details(Phase.PUBLISH).get("weight_diff"),
     }
 
 

@@ -130,7 +130,7 @@ def _next_to_evaluate(view: View) -> Step | None:
 
 
 def _next_to_publish(view: View) -> Step | None:
-    return next_phase_step(view, Phase.PUBLISH) if view.plan.run.promotion.destinations else None
+    return next_phase_step(view, Phase.PUBLISH) if view.plan.run.promotion.needs_publishing else None
 
 
 def _next_to_serve(view: View) -> Step | None:

@@ -57,6 +57,7 @@ def resolve_run(job: FineTuneJob, settings: Settings) -> RunConfig:
                 Destination(each.destination, _prefix(each, f"DESTINATION_{index}"))
                 for index, each in enumerate(spec.promotion.destinations)
             ),
+            weight_diff=spec.promotion.weight_diff.enabled,
         ),
     )
 

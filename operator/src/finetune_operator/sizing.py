@@ -59,6 +59,7 @@ class Contents:
     zero_stage: int
     lora_rank: int
     """0: all weights are trained."""
+    has_weight_diff: bool = False
 
 
 def count_trained(parameters: int, lora_rank: int) -> int:
@@ -88,7 +89,9 @@ def needed_bytes(contents: Contents) -> int:
     """Return what the workspace must hold at its fullest; the data set lies there as it came and as it was prepared."""
     output = max(contents.model_bytes, contents.parameters * BYTES_PER_PARAMETER_OUTPUT)
     checkpoints = peak_bytes(checkpoint_bytes(contents), contents.checkpoints_kept)
-    return contents.model_bytes + 2 * contents.dataset_bytes + checkpoints + output
+    # How far a difference can be compressed is known only when it is made.
+    outputs = 2 * output if contents.has_weight_diff else output
+    return contents.model_bytes + 2 * contents.dataset_bytes + checkpoints + outputs
 
 
 def choose_size(contents: Contents) -> str:

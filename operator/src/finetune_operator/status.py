@@ -179,7 +179,7 @@ def _results(plan: Plan, observed: Observed) -> Wanted:
     rows = record.details(Phase.PREPARE)
     data = f"{rows.get('rows_kept', 0)} of {rows.get('rows_read', 0)} rows kept"
     promoted = done(Phase.PROMOTE, str(record.details(Phase.PROMOTE).get("path") or ""))
-    if plan.run.promotion.destinations and record.has_done(Phase.PROMOTE) and not record.has_done(Phase.PUBLISH):
+    if plan.run.promotion.needs_publishing and record.has_done(Phase.PROMOTE) and not record.has_done(Phase.PUBLISH):
         promoted = ("Unknown", Reason.PUBLISHING, "the copies are not there yet")
     deployed = ("Unknown", Reason.NOT_STARTED, "")
     if not plan.serving.is_enabled:

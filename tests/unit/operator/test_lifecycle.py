@@ -584,3 +584,10 @@ def test_a_node_that_was_avoided_is_used_again_when_the_pods_fit_nowhere_else():
 def test_the_pods_learn_the_deadline_of_their_steps():
     plan = make_test_plan(failurePolicy={"progressDeadlineSeconds": 600})
     assert plan.run.progress_deadline_seconds == 600
+
+
+def test_a_weight_diff_alone_is_a_reason_to_publish():
+    plan = make_test_plan(promotion={"weightDiff": {"enabled": True}})
+    step = look(plan, make_observed(plan, make_record(*EVALUATED, claim_uid="claim")))
+    assert names_of(step)[1] == ("Job", "support-7b-publish")
+    assert '"weight_diff": true' in step.objects[0]["data"]["run.json"]

@@ -47,6 +47,14 @@ def disrupted(reason):
     return {"DisruptionTarget": PodCondition("True", reason, "because")}
 
 
+def test_a_weight_diff_is_counted_at_the_size_of_the_model():
+    plain, wanted = make_test_plan(), make_test_plan(promotion={"weightDiff": {"enabled": True}})
+    more = needed_bytes(list_contents(wanted, LLAMA_7B)) - needed_bytes(list_contents(plain, LLAMA_7B))
+    assert more == LLAMA_7B["model_bytes"]
+    small = make_test_plan(promotion={"weightDiff": {"enabled": True}}, workspace={"size": "1Gi"})
+    assert "its weight diff" in find_storage_problem(small, LLAMA_7B, None)[1]
+
+
 def test_the_pod_that_failed_first_explains_the_attempt():
     pods = [
         make_failed(index=1, message="connection closed by peer", after=12),

@@ -298,3 +298,12 @@ def test_the_run_report_is_named_as_soon_as_there_is_a_model():
     assert build(make_observed(PLAN, scored), Wait(TRAINING)).promotion.report == "reports/run-def.html"
     older = done.with_phase(Phase.PROMOTE, {"digest": "abc123"})
     assert build(make_observed(PLAN, older), Wait(TRAINING)).promotion.report is None
+
+
+def test_the_weight_diff_has_its_size_and_ratio():
+    facts = {"path": "weight-diffs/abc123", "bytes": 100, "ratio": 0.5}
+    record = make_record(*DONE, Phase.PUBLISH, claim_uid="claim")
+    record = record.with_phase(Phase.PUBLISH, {"destinations": [], "weight_diff": facts})
+    found = build(make_observed(PLAN, record), Wait(TRAINING)).promotion
+    assert found.to_dict()["weightDiff"] == facts
+    assert build(make_observed(PLAN, make_record(*DONE)), Wait(TRAINING)).promotion.weight_diff is None

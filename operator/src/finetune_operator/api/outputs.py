@@ -77,11 +77,20 @@ class Destination(Model):
     """Secret with credentials for the destination."""
 
 
+class WeightDiff(Model):
+    """The promoted model as the difference from its base, exact to the bit."""
+
+    enabled: bool = False
+    """Whether it is made, after the gates, at /workspace/weight-diffs/<digest>, and copied with the model."""
+
+
 class Promotion(Model):
     """Where the promoted model goes, besides /workspace/output."""
 
     destinations: Annotated[list[Destination], Field(max_length=8)] = []
     """Places that the promoted model is copied to after the gates."""
+    weight_diff: WeightDiff = WeightDiff()
+    """The promoted model as the difference from its base: smaller, and of no use without it."""
 
 
 class Inference(Model):

@@ -227,6 +227,17 @@ class EvaluationStatus(StatusModel):
     """Whether the gates were passed."""
 
 
+class WeightDiffStatus(StatusModel):
+    """The difference of the promoted model from its base."""
+
+    path: StatusText | None = None
+    """Path below /workspace."""
+    bytes: Count | None = None
+    """Size of the compressed difference."""
+    ratio: Annotated[float, Field(ge=0, le=1e6)] | None = None
+    """Its size by that of the promoted weights."""
+
+
 class PromotionStatus(StatusModel):
     """The promoted model."""
 
@@ -238,6 +249,8 @@ class PromotionStatus(StatusModel):
     """Path of the run report below /workspace: a page, with JSON and a model card beside it; also beside the model."""
     destinations: Annotated[list[Annotated[str, Field(max_length=2304)]], Field(max_length=8)] = []
     """Places it was copied to."""
+    weight_diff: WeightDiffStatus | None = None
+    """The difference from its base, where promotion.weightDiff asks for one."""
 
 
 class ServingStatus(StatusModel):

@@ -23,6 +23,7 @@ def list_contents(plan: Plan, inspected: Mapping[str, Any]) -> Contents:
         checkpoints_kept=checkpoint.keep_latest + checkpoint.keep_best,
         zero_stage=training.zero_stage or choose_zero_stage(parameters, plan.processes, lora_rank),
         lora_rank=lora_rank,
+        has_weight_diff=plan.run.promotion.weight_diff,
     )
 
 
@@ -47,11 +48,12 @@ def find_storage_problem(plan: Plan, inspected: Mapping[str, Any], claim: Claim 
         return None
     field = "workspace.existingClaim" if workspace.is_existing else "workspace.size"
     kept = contents.checkpoints_kept
+    outputs = "the promoted model and its weight diff" if contents.has_weight_diff else "the promoted model"
     return (
         Reason.WORKSPACE_TOO_SMALL,
         (
             f"{field}: {to_words(size)} is less than the {to_words(needed)} that model, data, {kept + 1} checkpoints "
-            f"({kept} kept and one being written) and the promoted model need: ask for {choose_size(contents)}, or "
+            f"({kept} kept and one being written) and {outputs} need: ask for {choose_size(contents)}, or "
             "keep fewer checkpoints (checkpoint.retention.latest)"
         ),
     )

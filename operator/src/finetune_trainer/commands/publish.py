@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pathlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from finetune_contract.reports import ExitCode, ExitReport, Phase, Reason
 from finetune_contract.run_config import DatasetConfig, Destination, PromotionConfig, RunConfig, Source
@@ -14,6 +14,8 @@ from finetune_trainer.reporting import ProgressBar, ProgressReporter, write_exit
 
 if TYPE_CHECKING:
     import argparse
+
+    from finetune_trainer.weight_diff.promoted import PromotedDiff
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,18 +29,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Copy, verify, and report where the model is found."""
+    """Make the weight diff that is wanted, copy, verify, and report where the model is found."""
     if args.model is not None:
         settings, workspace, folder = _read_plain(args)
     else:
         settings = load_run_config(args)
         workspace = apply_workspace_lock(settings)
         folder = workspace.promoted_model(settings.promotion.digest)
-    urls = _publish_everywhere(settings, workspace, folder)
+    if not settings.promotion.digest or not folder.is_dir():
+        raise TrainerError(
+            Reason.PROMOTION_INVALID,
+            ExitCode.NO_INPUT,
+            f"there is no promoted model at {folder}",
+            "Run promote first; publish copies what it made.",
+        )
+    diff = _make_diff(settings) if settings.promotion.weight_diff else None
+    urls = _publish_everywhere(settings, workspace, folder, diff)
     message = f"published to {', '.join(urls)}" if urls else "no destination is named"
-    report = ExitReport(Phase.PUBLISH, Reason.COMPLETED, message, details={"destinations": urls})
+    details: dict[str, Any] = {"destinations": urls}
+    if diff is not None:
+        details["weight_diff"] = diff.to_details(workspace)
+        message += f"; weight diff at {diff.folder}"
+    report = ExitReport(Phase.PUBLISH, Reason.COMPLETED, message, details=details)
     write_exit_report(report, workspace if args.model is None else None)
     return 0
+
+
+def _make_diff(settings: RunConfig) -> PromotedDiff:
+    from finetune_trainer.weight_diff.promoted import make_promoted_diff
+
+    with ProgressBar("subtracting", None, "B") as bar:
+        return make_promoted_diff(settings, bar.advance)
 
 
 def _read_plain(args: argparse.Namespace) -> tuple[RunConfig, Workspace, pathlib.Path]:
@@ -52,20 +73,18 @@ def _read_plain(args: argparse.Namespace) -> tuple[RunConfig, Workspace, pathlib
     return settings, Workspace(folder.parent), folder
 
 
-def _publish_everywhere(settings: RunConfig, workspace: Workspace, folder: pathlib.Path) -> list[str]:
+def _publish_everywhere(
+    settings: RunConfig, workspace: Workspace, folder: pathlib.Path, diff: PromotedDiff | None
+) -> list[str]:
+    """Copy the model, and the diff beside it, to each destination; return the models' URLs."""
     from finetune_trainer.storage import Access
-    from finetune_trainer.storage.publish import list_model_files, publish_folder
+    from finetune_trainer.storage.publish import WEIGHT_DIFF, list_model_files, publish_folder
 
     promotion = settings.promotion
-    if not promotion.digest or not folder.is_dir():
-        raise TrainerError(
-            Reason.PROMOTION_INVALID,
-            ExitCode.NO_INPUT,
-            f"there is no promoted model at {folder}",
-            "Run promote first; publish copies what it made.",
-        )
-    files = list_model_files(folder)
-    total = max(sum(file.size for file in files) * len(promotion.destinations), 1)
+    parts = {"": list_model_files(folder)}
+    if diff is not None and promotion.destinations:
+        parts[WEIGHT_DIFF] = list_model_files(diff.folder)
+    total = max(sum(file.size for files in parts.values() for file in files) * len(promotion.destinations), 1)
     urls, done = [], 0
     with ProgressReporter() as reporter, ProgressBar("publishing", total, "B") as bar:
 
@@ -78,14 +97,18 @@ def _publish_everywhere(settings: RunConfig, workspace: Workspace, folder: pathl
         for index, destination in enumerate(promotion.destinations):
             field = f"spec.promotion.destinations[{index}]"
             access = Access(field, "destination", destination.secret_prefix, "destination")
-            url = publish_folder(
-                destination.destination,
-                promotion.digest,
-                files,
-                access,
-                workspace_root=workspace.root,
-                advance=advance,
-            )
-            urls.append(url)
+            found = [
+                publish_folder(
+                    destination.destination,
+                    promotion.digest,
+                    files,
+                    access,
+                    workspace_root=workspace.root,
+                    advance=advance,
+                    part=part,
+                )
+                for part, files in parts.items()
+            ]
+            urls.append(found[0])
         reporter.update(100, urgent=True)
     return urls

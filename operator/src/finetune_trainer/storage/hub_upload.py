@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import pathlib
@@ -33,17 +34,22 @@ if TYPE_CHECKING:
     from finetune_trainer.storage.location import Location
 
 
-def publish_to_hub(location: Location, digest: str, files: Sequence[LocalFile], access: Access) -> str:
-    """Commit the files to the repository's main branch, private if it has to be made; return the tagged URL."""
-    api = make_api(access)
-    repository = location.container
+def publish_to_hub(
+    location: Location, digest: str, files: Sequence[LocalFile], access: Access, folder: str = ""
+) -> str:
+    """Commit the files to the repository's main branch, private if it has to be made; return the tagged URL.
+
+    They go below `folder` of the repository, where one is named.
+    """
+    if folder:
+        files = [dataclasses.replace(file, name=f"{folder}/{file.name}") for file in files]
+    repository = _Repository(make_api(access), location.container, access)
+    mark = f"{folder}/{COMPLETE}" if folder else COMPLETE
     url = f"{location.text.rstrip('/')}/{digest}"
 
     def publish() -> None:
         try:
-            api.create_repo(repository, private=True, exist_ok=True)
-            if not _has_tag(api, repository, digest, files, access):
-                _commit(api, repository, digest, files, access)
+            repository.publish(digest, files, mark)
         except HUB_ERRORS as error:
             raise explain_hub_error(error, access, location.text) from error
 
@@ -52,73 +58,75 @@ def publish_to_hub(location: Location, digest: str, files: Sequence[LocalFile], 
     return url
 
 
-def _has_tag(
-    api: huggingface_hub.HfApi, repository: str, digest: str, files: Sequence[LocalFile], access: Access
-) -> bool:
-    """Is the model there already? Raises TrainerError when the tag names something else."""
-    tags = [tag.name for tag in api.list_repo_refs(repository).tags]
-    if digest not in tags:
-        return False
-    named = [file for file in files if file.name not in ACCOUNTS]
-    is_whole = COMPLETE in api.list_repo_files(repository, revision=digest)
-    if not is_whole or _find_difference(api, repository, digest, named) is not None:
-        raise refuse_other_content(access, f"tag {digest} of {repository}")
-    return True
+@dataclasses.dataclass(frozen=True)
+class _Repository:
+    """One repository that models are published to."""
 
+    api: huggingface_hub.HfApi
+    name: str
+    access: Access
 
-def _find_difference(
-    api: huggingface_hub.HfApi, repository: str, revision: str, files: Sequence[LocalFile]
-) -> LocalFile | None:
-    """Return the first file that the hub does not have as it left, by size and digest; None when all arrived."""
-    siblings = api.model_info(repository, revision=revision, files_metadata=True).siblings or []
-    there = {sibling.rfilename: sibling for sibling in siblings}
-    for file in files:
-        found = there.get(file.name)
-        if found is None or found.size != file.size:
-            return file
-        if (found.lfs.sha256 if found.lfs else found.blob_id) != (file.sha256 if found.lfs else _hash_as_git(file)):
-            return file
-    return None
+    def publish(self, digest: str, files: Sequence[LocalFile], mark: str) -> None:
+        """Send the files and `mark`, the name under which COMPLETE goes, unless the tag is there already."""
+        self.api.create_repo(self.name, private=True, exist_ok=True)
+        if not self._has_tag(digest, files, mark):
+            self._commit(digest, files, mark)
+
+    def _has_tag(self, digest: str, files: Sequence[LocalFile], mark: str) -> bool:
+        """Is the model there already? Raises TrainerError when the tag names something else."""
+        if digest not in [tag.name for tag in self.api.list_repo_refs(self.name).tags]:
+            return False
+        named = [file for file in files if file.name not in ACCOUNTS]
+        is_whole = mark in self.api.list_repo_files(self.name, revision=digest)
+        if not is_whole or self._find_difference(digest, named) is not None:
+            raise refuse_other_content(self.access, f"tag {digest} of {self.name}")
+        return True
+
+    def _commit(self, digest: str, files: Sequence[LocalFile], mark: str) -> None:
+        is_card_kept = self._has_own_card()
+        sent = [file for file in files if not (file.name == MODEL_CARD and is_card_kept)]
+        operations = [CommitOperationAdd(file.name, str(file.path)) for file in sent]
+        operations.append(CommitOperationAdd(mark, io.BytesIO(build_complete(digest, files))))
+        commit = self.api.create_commit(self.name, operations, commit_message=f"Publish model {digest}")
+        different = self._find_difference(commit.oid, sent)
+        if different is not None:
+            # The tag alone says that the model is published; without it the commit is none.
+            where = f"{self.access.field}.{self.access.source_field}"
+            raise TrainerError(
+                Reason.DESTINATION_UNAVAILABLE,
+                ExitCode.UNAVAILABLE,
+                f"{where}: {different.name} arrived in {self.name} with other content",
+                "The commit was not tagged; the model is sent anew when the phase runs again.",
+            )
+        self.api.create_tag(self.name, tag=digest, revision=commit.oid, tag_message=f"Model {digest}")
+
+    def _find_difference(self, revision: str, files: Sequence[LocalFile]) -> LocalFile | None:
+        """Return the first file that the hub does not have as it left, by size and digest; None when all arrived."""
+        siblings = self.api.model_info(self.name, revision=revision, files_metadata=True).siblings or []
+        there = {sibling.rfilename: sibling for sibling in siblings}
+        for file in files:
+            found = there.get(file.name)
+            if found is None or found.size != file.size:
+                return file
+            known, wanted = (found.lfs.sha256, file.sha256) if found.lfs else (found.blob_id, _hash_as_git(file))
+            if known != wanted:
+                return file
+        return None
+
+    def _has_own_card(self) -> bool:
+        """Has the repository a model card that somebody wrote or edited?"""
+        if not self.api.file_exists(self.name, MODEL_CARD):
+            return False
+        with tempfile.TemporaryDirectory() as folder:
+            path = self.api.hf_hub_download(self.name, MODEL_CARD, local_dir=folder)
+            text = pathlib.Path(path).read_text(encoding="utf-8", errors="replace")
+        if CARD_MARK in text:
+            return False
+        emit("the repository has a model card of its own, which is kept", repository=self.name)
+        return True
 
 
 def _hash_as_git(file: LocalFile) -> str:
     """Return the id under which Git keeps a file's content; of small files, the large ones go by SHA-256."""
     content = file.path.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
-
-
-def _commit(
-    api: huggingface_hub.HfApi, repository: str, digest: str, files: Sequence[LocalFile], access: Access
-) -> None:
-    mark = io.BytesIO(build_complete(digest, files))
-    is_card_kept = _has_own_card(api, repository)
-    sent = [file for file in files if not (file.name == MODEL_CARD and is_card_kept)]
-    operations = [CommitOperationAdd(file.name, str(file.path)) for file in sent]
-    commit = api.create_commit(
-        repository,
-        [*operations, CommitOperationAdd(COMPLETE, mark)],
-        commit_message=f"Publish model {digest}",
-    )
-    different = _find_difference(api, repository, commit.oid, sent)
-    if different is not None:
-        # The tag alone says that the model is published; without it the commit is none.
-        raise TrainerError(
-            Reason.DESTINATION_UNAVAILABLE,
-            ExitCode.UNAVAILABLE,
-            f"{access.field}.{access.source_field}: {different.name} arrived in {repository} with other content",
-            "The commit was not tagged; the model is sent anew when the phase runs again.",
-        )
-    api.create_tag(repository, tag=digest, revision=commit.oid, tag_message=f"Model {digest}")
-
-
-def _has_own_card(api: huggingface_hub.HfApi, repository: str) -> bool:
-    """Has the repository a model card that somebody wrote or edited?"""
-    if not api.file_exists(repository, MODEL_CARD):
-        return False
-    with tempfile.TemporaryDirectory() as folder:
-        path = api.hf_hub_download(repository, MODEL_CARD, local_dir=folder)
-        text = pathlib.Path(path).read_text(encoding="utf-8", errors="replace")
-    if CARD_MARK in text:
-        return False
-    emit("the repository has a model card of its own, which is kept", repository=repository)
-    return True

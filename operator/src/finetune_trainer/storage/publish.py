@@ -34,6 +34,8 @@ REPORT_PAGE, REPORT_JSON, MODEL_CARD = "report.html", "report.json", "README.md"
 ACCOUNTS = frozenset((PROVENANCE, REPORT_PAGE, REPORT_JSON, MODEL_CARD))
 """Files that tell how a model came about. Two runs can make the same model, so they are no part of what the digest
 names: the account of the run that published first stays."""
+WEIGHT_DIFF = "weight-diff"
+"""What the difference from the base model is called beside a model."""
 CARD_MARK = "<!-- finetune-operator wrote this card. Remove this line to keep it as you have edited it. -->"
 """Stands in every model card of ours: another one on a hub is somebody's own, and is kept."""
 
@@ -86,24 +88,29 @@ def publish_folder(
     *,
     workspace_root: pathlib.Path,
     advance: Advance = lambda _: None,
+    part: str = "",
 ) -> str:
-    """Copy a model to one destination and return the URL it has there."""
+    """Copy a model to one destination and return the URL it has there.
+
+    `part` names what lies beside the model: it has a folder of its own there, and on a hub a tag of its own.
+    """
     location = parse_location(destination, access)
+    name = f"{digest}-{part}" if part else digest
     if location.scheme == "hf":
         from finetune_trainer.storage.hub_upload import publish_to_hub
 
-        url = publish_to_hub(location, digest, files, access)
+        url = publish_to_hub(location, name, files, access, part)
         advance(sum(file.size for file in files))
         return url
     if location.scheme == "s3":
         from finetune_trainer.storage.s3_upload import S3Target
 
-        target: Target = S3Target(location, digest, access)
+        target: Target = S3Target(location, name, access)
     elif location.scheme in ("pvc", "file"):
-        target = FolderTarget(destination, resolve_path(location, access, workspace_root) / digest, access, digest)
+        target = FolderTarget(destination, resolve_path(location, access, workspace_root) / name, access, name)
     else:
         raise access.invalid(destination, "nothing can be written there", "Use an s3://, pvc:// or hf:// URL.")
-    return _publish(target, digest, files, access, advance)
+    return _publish(target, name, files, access, advance)
 
 
 def _publish(target: Target, digest: str, files: Sequence[LocalFile], access: Access, advance: Advance) -> str:

@@ -16,7 +16,7 @@ from finetune_trainer.weight_diff.record import COMPANIONS, NAME, FileFacts, Rec
 from finetune_trainer.weight_diff.tensors import STRETCH_ELEMENTS, Tensor, invalid, list_tensors, read_stretch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterator, Mapping
 
 _LEVEL = 1
 """Of Zstandard: the planes of zeros pack well at any level, and this one keeps up with a disk."""
@@ -36,11 +36,17 @@ class Made:
 
 
 def make_diff(
-    base: pathlib.Path, tuned: pathlib.Path, out: pathlib.Path, advance: Callable[[int], None] = lambda _: None
+    base: pathlib.Path,
+    tuned: pathlib.Path,
+    out: pathlib.Path,
+    advance: Callable[[int], None] = lambda _: None,
+    *,
+    skipped: Collection[str] = (),
 ) -> Made:
     """Write the difference of two model folders into `out`, which must not exist. Raises TrainerError.
 
-    `advance` is told of each number of tuned bytes that are done.
+    `advance` is told of each number of tuned bytes that are done; `skipped` names files of the tuned folder, other than
+    weights, that the diff is to leave out.
     """
     ours, theirs = list_tensors(tuned, "--tuned"), list_tensors(base, "--base")
     _check_pair(theirs, ours, base, tuned)
@@ -60,7 +66,7 @@ def make_diff(
             tuned_digest=make_digest((name, each.tuned) for name, each in tensors.items()),
             tensors=tensors,
             shards={path.name: _read_header_text(path) for path in sorted({tensor.file for tensor in ours.values()})},
-            companions=_copy_companions(tuned, beside / COMPANIONS),
+            companions=_copy_companions(tuned, beside / COMPANIONS, skipped),
             files=writer.files,
         )
         write_json(beside / NAME, record.to_json())
@@ -163,12 +169,12 @@ def _read_header_text(path: pathlib.Path) -> str:
         return file.read(parse_length(file.read(LENGTH_BYTES))).decode()
 
 
-def _copy_companions(model: pathlib.Path, target: pathlib.Path) -> dict[str, FileFacts]:
+def _copy_companions(model: pathlib.Path, target: pathlib.Path, skipped: Collection[str]) -> dict[str, FileFacts]:
     """Copy the tuned model's other files: configuration, tokenizer, licence. Weights in other formats are left out."""
     copied: dict[str, FileFacts] = {}
     for path in sorted(model.rglob("*")):
         name = path.relative_to(model)
-        if not path.is_file() or any(part.startswith(".") for part in name.parts):
+        if not path.is_file() or name.as_posix() in skipped or any(part.startswith(".") for part in name.parts):
             continue
         if len(name.parts) == 1 and path.suffix == ".safetensors":
             continue
