@@ -44,6 +44,7 @@ test-faults: venv ## Every fault in every phase of a training, half an hour: no 
 ##@ Benchmarks: a table, and build/bench/<name>.json
 
 .PHONY: bench-recovery bench-checkpoint bench-goodput bench-restart bench-filter bench-filter-quality bench-packing bench-prepare bench-weight-diff bench-compose bench-eval
+.PHONY: bench-serve-start bench-rollout
 bench-recovery: venv-trainer ## Kills at random moments, beside the stock Trainer: KILLS=50 ENGINE=50 SEED=1 MINUTES=inf
 	@.venv-trainer/bin/python -m tests.bench.recovery --kills "$(or $(KILLS),50)" --engine "$(or $(ENGINE),50)" \
 	  --seed "$(or $(SEED),1)" --minutes "$(or $(MINUTES),inf)"
@@ -67,6 +68,11 @@ bench-compose: venv-trainer ## A composed adapter, beside its parts stacked live
 	@.venv-trainer/bin/python -m tests.bench.compose
 bench-eval: venv-trainer ## Log-likelihoods in rows that share beginnings, beside batch 1: ROUNDS=3
 	@.venv-trainer/bin/python -m tests.bench.eval --rounds "$(or $(ROUNDS),3)"
+
+bench-serve-start: venv ## From the passed gate to the first answer on the embedded cluster: ROUNDS=3
+	@$(BIN)/python -m tests.bench.serve_start --rounds "$(or $(ROUNDS),3)" --cluster "$(CLUSTER)"
+bench-rollout: venv ## Requests through a new version, a killed pod and a roll-back: REQUESTS=10000 (17 minutes)
+	@$(BIN)/python -m tests.bench.rollout --requests "$(or $(REQUESTS),10000)" --cluster "$(CLUSTER)"
 
 ##@ Develop
 

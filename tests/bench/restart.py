@@ -13,7 +13,6 @@ import re
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -22,8 +21,9 @@ from tests.bench.results import Result, write_results
 from tests.cluster.faults import Faults, Line
 from tests.cluster.world import TOOL, World, open_world
 from tests.demo.demo import install_chart
-from tests.support.jobs import JobHandle, apply_job, make_job
+from tests.support.jobs import apply_job, make_job
 from tests.support.waiting import eventually
+from tests.support.watching import Watch, mark_pod
 
 PATIENCE_SECONDS = 300
 RANK_PARTS = ("detect", "model", "resume", "first_step")
@@ -37,41 +37,12 @@ RANK_MARKS = (" resuming ", " training step=", "first step done")
 POD_MARKS = ("rows tokenized", *RANK_MARKS)
 
 
-class PodWatch:
-    """Notes when the pods of a namespace were made and placed, as a watch of the API server tells."""
-
-    def __init__(self, job: JobHandle) -> None:
-        self._cluster = job.cluster
-        command = (job.cluster.kubectl, f"--kubeconfig={job.cluster.kubeconfig}", "get", "pods", "-n", job.namespace)
-        self._process = subprocess.Popen(
-            (*command, "--watch", "--output-watch-events", "-o", "json"), stdout=subprocess.PIPE, text=True
-        )
-        self.made: dict[str, float] = {}
-        self.placed: dict[str, float] = {}
-        self._thread = threading.Thread(target=self._read, daemon=True)
-        self._thread.start()
-
-    def _read(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            now, pod = time.time(), json.loads(line)["object"]
-            self.made.setdefault(pod["metadata"]["name"], now)
-            if pod["spec"].get("nodeName"):
-                self.placed.setdefault(pod["metadata"]["name"], now)
-
-    def close(self) -> None:
-        """End the watch."""
-        self._process.terminate()
-        self._process.wait(timeout=10)
-        self._thread.join(timeout=10)
-
-
 @dataclasses.dataclass
 class Bench:
     """One training job that is hurt again and again."""
 
     faults: Faults
-    watch: PodWatch
+    watch: Watch
 
     def measure_pod(self) -> dict[str, float]:
         """Kill the training pod; return the seconds of each part until the next step is done."""
@@ -82,7 +53,7 @@ class Bench:
         lines = self._wait_for_step(name, killed)
         imported, text = _find(lines, "stack imported", killed)
         begun = imported - float(re.search(r"seconds=([\d.]+)", text)[1])  # type: ignore[index]
-        marks = [killed, self.watch.made[name], self.watch.placed[name], begun, imported]
+        marks = [killed, self.watch.seen[f"made:{name}"], self.watch.seen[f"placed:{name}"], begun, imported]
         return _split(POD_PARTS, [*marks, *_find_all(lines, POD_MARKS, killed)])
 
     def measure_rank(self) -> dict[str, float]:
@@ -139,7 +110,7 @@ def measure(world: World, rounds: int) -> tuple[list[dict[str, float]], list[dic
         failurePolicy={"maxRestarts": 1000},
     )
     job = apply_job(world.cluster, namespace, manifest)
-    watch = PodWatch(job)
+    watch = Watch(world.cluster, namespace, "pods", mark_pod)
     try:
         bench = Bench(Faults(world, job), watch)
         pods, ranks = [], []

@@ -16,7 +16,10 @@ import time
 import urllib.parse
 from typing import Any
 
-RETRY_SECONDS = 5.0
+ASK_SECONDS = 5.0
+"""How long one try may take."""
+PAUSE_SECONDS = 1.0
+"""Before the retry, as HTTP clients wait."""
 WORKERS = 32
 _LOCK = threading.Lock()
 
@@ -52,13 +55,13 @@ def try_once(url: str, model: str, timeout_seconds: float) -> tuple[str, str]:
 def run(url: str, model: str, number: int) -> None:
     """Ask one request, with one retry, and print its line."""
     began, started = time.time(), time.monotonic()
-    first, digest = try_once(url, model, 30.0)
+    first, digest = try_once(url, model, ASK_SECONDS)
     last = first
     if first:
-        deadline = time.monotonic() + RETRY_SECONDS
-        time.sleep(0.2)
-        last, digest = try_once(url, model, max(0.1, deadline - time.monotonic()))
-    line: dict[str, Any] = {"n": number, "at": began, "seconds": round(time.monotonic() - started, 4), "digest": digest}
+        time.sleep(PAUSE_SECONDS)
+        last, digest = try_once(url, model, ASK_SECONDS - PAUSE_SECONDS)
+    seconds = round(time.monotonic() - started, 4)
+    line: dict[str, Any] = {"n": number, "at": began, "ended": time.time(), "seconds": seconds, "digest": digest}
     if first:
         line |= {"first": first, "failed": last}
     with _LOCK:

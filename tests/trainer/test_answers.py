@@ -13,12 +13,16 @@ import urllib.request
 
 import pytest
 
+from finetune_contract import smoke_prompt
 from finetune_contract.reports import ExitCode, Reason
 from finetune_trainer.__main__ import main
 from finetune_trainer.data.prompts import encode_examples, encode_prompt
 from finetune_trainer.serving.generate import Generator
 from tests.support.training_runs import SMALL, Run
 from tests.support.waiting import eventually
+
+KEY = "secret"
+"""What the server of these tests asks for."""
 
 QUESTION = "What does path.joins do?"
 
@@ -135,7 +139,10 @@ def server(folder, tmp_path_factory):
         port = probe.getsockname()[1]
     log = (tmp_path_factory.mktemp("server") / "log").open("w+")
     words = ["serve", "--promoted", str(folder), "--name", "tiny", "--port", str(port)]
-    process = subprocess.Popen([sys.executable, "-m", "finetune_trainer", *words], stdout=log, stderr=log)
+    environment = {**os.environ, "INFERENCE_API_KEY": KEY}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "finetune_trainer", *words], stdout=log, stderr=log, env=environment
+    )
     url = f"http://127.0.0.1:{port}"
     try:
         eventually(lambda: _is_healthy(url, process), within=120, otherwise=lambda: pathlib.Path(log.name).read_text())
@@ -153,10 +160,13 @@ def _is_healthy(url, process):
         return False
 
 
-def _post(server, path, body):
-    request = urllib.request.Request(
-        server[0] + path, data=json.dumps(body).encode(), headers={"content-type": "application/json"}
-    )
+def _make_request(server, path, body=None, key=KEY):
+    headers = {"content-type": "application/json", "authorization": f"Bearer {key}"}
+    return urllib.request.Request(server[0] + path, data=json.dumps(body).encode() if body else None, headers=headers)
+
+
+def _post(server, path, body, key=KEY):
+    request = _make_request(server, path, body, key)
     try:
         with urllib.request.urlopen(request, timeout=60) as response:
             return response.status, response.read().decode()
@@ -217,7 +227,7 @@ def test_plain_completions_work_for_the_one_model_and_it_is_the_only_one(server)
     status, text = _post(
         server, "/v1/completions", {"model": "tiny", "prompt": "It ", "max_tokens": 3, "temperature": 0}
     )
-    models = json.load(urllib.request.urlopen(f"{server[0]}/v1/models", timeout=30))
+    models = json.load(urllib.request.urlopen(_make_request(server, "/v1/models"), timeout=30))
 
     assert status == 200
     assert json.loads(text)["usage"]["completion_tokens"] <= 3
@@ -230,8 +240,34 @@ def test_nobody_can_load_or_unload_models(server, path):
     assert _post(server, path, {"model": "gpt2", "input": "x"})[0] == 404
 
 
-def test_the_server_ends_on_sigterm(server):
-    process = server[1]
-    os.kill(process.pid, signal.SIGTERM)
+@pytest.mark.parametrize("key", ["", "another"])
+def test_only_those_who_know_the_key_are_answered_but_probes_need_none(server, key):
+    for path in ("/v1/chat/completions", "/v1/completions"):
+        status, text = _post(server, path, {"model": "tiny", "prompt": "x"}, key)
+        assert (status, "Authorization: Bearer" in text) == (401, True)
+    assert urllib.request.urlopen(f"{server[0]}/health", timeout=30).status == 200
 
+
+def test_every_answer_tells_the_digest_of_its_model(server, folder):
+    with urllib.request.urlopen(_make_request(server, "/v1/models"), timeout=30) as response:
+        assert response.headers["x-model-digest"] == folder.name
+
+
+def test_the_smoke_prompt_is_answered(server, monkeypatch):
+    monkeypatch.setenv("INFERENCE_API_KEY", KEY)
+    figures = smoke_prompt.ask(server[0], "tiny", 8)
+    assert 1 <= figures["tokens"] <= 8
+    assert figures["tokens_per_second"] > 0
+
+
+def test_the_server_finishes_what_it_is_answering_and_ends_on_sigterm(server):
+    process = server[1]
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 64, "stream": True}
+    with urllib.request.urlopen(_make_request(server, "/v1/chat/completions", body), timeout=60) as response:
+        first = response.readline()
+        os.kill(process.pid, signal.SIGTERM)
+        rest = response.read().decode()
+
+    assert first.startswith(b"data:")
+    assert "finish_reason" in rest
     assert process.wait(timeout=60) == ExitCode.OK

@@ -31,6 +31,8 @@ PLURALS = {
     "Job": "jobs",
     "Deployment": "deployments",
     "PodDisruptionBudget": "poddisruptionbudgets",
+    "NetworkPolicy": "networkpolicies",
+    "HorizontalPodAutoscaler": "horizontalpodautoscalers",
 }
 Json = dict[str, Any]
 

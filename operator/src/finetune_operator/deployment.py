@@ -49,8 +49,19 @@ PROVING_SECONDS = 30
 """How long a version must have had the traffic before the one before it goes."""
 KEPT_VERSIONS = 3
 """Versions without pods that an endpoint keeps to go back to."""
-COMPANIONS = (("v1", "Service"),)
+COMPANIONS = (
+    ("v1", "Service"),
+    ("networking.k8s.io/v1", "NetworkPolicy"),
+    ("policy/v1", "PodDisruptionBudget"),
+    ("autoscaling/v2", "HorizontalPodAutoscaler"),
+)
 """What goes with the pods of a version, under the same name."""
+
+
+_EXPLAIN_ONE_NODE = (
+    "; the workspace is ReadWriteOnce: every replica and every new version runs on the node that holds it: write fewer "
+    "inference.replicas, or use a workspace with accessMode: ReadWriteMany"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +78,7 @@ class Target:
 def choose_target(view: View) -> Target:
     """Return the version that is to be live: of an earlier digest the very pods that served it, if they are known."""
     plan, observed = view.plan, view.observed
-    served = build_served(plan, view.record)
+    served = build_served(plan, view.record, is_on_one_node=_is_on_one_node(view))
     found = observed.version(served.label)
     # Another job's model lies on another workspace: only the pods that it was served by can reach it.
     others = [each for each in observed.versions if each.digest == served.digest and _is_elsewhere(view, each)]
@@ -76,6 +87,13 @@ def choose_target(view: View) -> Target:
     newest = max(others, key=lambda each: str(each.created_at or ""))
     objects = build_companions(plan, newest.label, newest.digest)
     return Target(Served(newest.label, newest.name, newest.digest, objects), newest, is_ours=False)
+
+
+def _is_on_one_node(view: View) -> bool:
+    """Can only one node mount the workspace? What the claim says counts; before there is one, what it is to be."""
+    claim = view.observed.claim
+    modes = claim.access_modes if claim is not None and claim.access_modes else (view.plan.workspace.access_mode,)
+    return not {"ReadWriteMany", "ReadOnlyMany"} & set(modes)
 
 
 def _is_elsewhere(view: View, version: Version) -> bool:
@@ -119,9 +137,10 @@ def _next_before_live(view: View, target: Target, endpoint: Endpoint) -> Step:
         return Wait(_describe_refused(view, target))
     if found is None:
         return Apply(target.served.objects, DEPLOYING)
-    if not target.is_ours and (found.replicas != plan.serving.replicas or found.job_uid != plan.uid):
-        return Scale(found.name, plan.serving.replicas, DEPLOYING, (plan.name, plan.uid))
-    if plan.serving.replicas == 0:
+    scaling = _next_scaling(view, target)
+    if scaling is not None:
+        return scaling
+    if plan.serving.least_replicas == 0:
         return Apply((_build_live(view, target, endpoint, {}),), DEPLOYING)
     job = view.observed.job(plan.names.smoke_job(target.served.label))
     if job is None:
@@ -132,9 +151,22 @@ def _next_before_live(view: View, target: Target, endpoint: Endpoint) -> Step:
     return _judge_smoke(view, target, endpoint, job)
 
 
+def _next_scaling(view: View, target: Target) -> Step | None:
+    """Give pods to a version whose Deployment is not applied with their number: another job's, or an autoscaled one."""
+    serving, found = view.plan.serving, target.found
+    if found is None or (target.is_ours and serving.autoscaling is None):
+        return None
+    is_wrong = found.replicas == 0 if serving.autoscaling else found.replicas != serving.replicas
+    if is_wrong or found.job_uid != view.plan.uid:
+        replicas = max(serving.least_replicas, found.replicas if serving.autoscaling else 0)
+        return Scale(found.name, replicas, DEPLOYING, (view.plan.name, view.plan.uid))
+    return None
+
+
 def _judge_smoke(view: View, target: Target, endpoint: Endpoint, job: Job) -> Step:
     """Give the version the traffic when it has answered the smoke prompt and all its pods are ready."""
-    is_ready = target.found is not None and target.found.is_ready and target.found.replicas > 0
+    found, least = target.found, view.plan.serving.least_replicas
+    is_ready = found is not None and found.is_ready and found.replicas >= least
     exits = [pod.exit for pod in view.observed.pods_of(job) if pod.exit is not None]
     report = next((each.report for each in exits if each.report is not None), None)
     is_late = job.is_failed and is_ready and any(each.code == EXIT_NO_ANSWER for each in exits)
@@ -176,8 +208,9 @@ def _next_when_live(view: View, target: Target, endpoint: Endpoint) -> Step | No
     job = view.observed.job(plan.names.smoke_job(target.served.label))
     if job is not None and not job.is_deleting:
         return Remove((_refer(job),), DEPLOYING)
-    if found is not None and not target.is_ours and found.replicas != plan.serving.replicas:
-        return Scale(found.name, plan.serving.replicas, DEPLOYING, (plan.name, plan.uid))
+    scaling = _next_scaling(view, target)
+    if scaling is not None:
+        return scaling
     if found is not None and found.is_ready:
         return None
     before = view.observed.version(endpoint.previous)
@@ -246,7 +279,8 @@ def _describe(view: View, target: Target) -> Situation:
     blocker = find_pod_blocker(view.plan, pods, view.observed.warnings, view.now)
     if blocker is not None:
         blocked = block(DEPLOYING, blocker)
-        return dataclasses.replace(blocked, message=blocked.message + _tell_live(view))
+        way_out = _EXPLAIN_ONE_NODE if blocker.is_scheduling and _is_on_one_node(view) else ""
+        return dataclasses.replace(blocked, message=f"{blocked.message}{way_out}{_tell_live(view)}")
     crashed = next((pod for pod in pods if pod.waiting_reason in CRASH_REASONS), None)
     if crashed is not None:
         message = f"version {target.served.digest}: {_explain_crash(crashed)}{_tell_live(view)}"

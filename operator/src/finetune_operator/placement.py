@@ -110,3 +110,12 @@ def spread_over_nodes(affinity: Mapping[str, Any], labels: Mapping[str, str], to
             {"labelSelector": {"matchLabels": dict(labels)}, "topologyKey": topology_key},
         ]
     return result
+
+
+def stay_together(affinity: Mapping[str, Any], labels: Mapping[str, str]) -> dict[str, Any]:
+    """Return the affinity with all pods of these labels on one node; the first one may be on any."""
+    result = copy.deepcopy(dict(affinity))
+    kind = "requiredDuringSchedulingIgnoredDuringExecution"
+    near = result.setdefault("podAffinity", {})
+    near[kind] = [*near.get(kind, ()), {"labelSelector": {"matchLabels": dict(labels)}, "topologyKey": HOST_KEY}]
+    return result

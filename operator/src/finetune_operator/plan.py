@@ -17,7 +17,7 @@ from finetune_contract.reports import Phase
 from finetune_contract.run_config import IDENTITY_TRAINING, RunConfig, RunConfigError, ServingConfig, Source
 
 from . import naming
-from .api.v1alpha1 import FailureRule, FineTuneJob, FineTuneJobSpec, Gate
+from .api.v1alpha1 import Autoscaling, FailureRule, FineTuneJob, FineTuneJobSpec, Gate
 from .conditions import Reason
 from .errors import InvalidJobError
 from .pods import PodPlan, resolve_pod
@@ -73,6 +73,16 @@ class PlacementPlan:
 
 
 @dataclasses.dataclass(frozen=True)
+class AutoscalingPlan:
+    """How the number of pods follows the load."""
+
+    least: int
+    most: int
+    metric: str
+    target: int
+
+
+@dataclasses.dataclass(frozen=True)
 class ServingPlan:
     """The endpoint."""
 
@@ -84,6 +94,15 @@ class ServingPlan:
     """Digest to serve; empty: the job's own."""
     is_retained: bool
     """The endpoint outlives the job."""
+    autoscaling: AutoscalingPlan | None
+    """None: there are always `replicas`."""
+    api_key_secret: str
+    """Secret with the key that requests must carry; empty: none is asked for."""
+
+    @property
+    def least_replicas(self) -> int:
+        """Pods that are there at the least."""
+        return self.autoscaling.least if self.autoscaling else self.replicas
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,7 +265,17 @@ def _resolve_serving(spec: FineTuneJobSpec) -> ServingPlan:
         gpus=gpus if gpus is not None else int(runtime == "vllm"),
         version=inference.version or "",
         is_retained=inference.on_delete == "Retain",
+        autoscaling=_resolve_autoscaling(inference.autoscaling, runtime),
+        api_key_secret=inference.api_key_secret_ref.name if inference.api_key_secret_ref else "",
     )
+
+
+def _resolve_autoscaling(written: Autoscaling | None, runtime: str) -> AutoscalingPlan | None:
+    if written is None:
+        return None
+    metric = written.metric or ("vllm:num_requests_waiting" if runtime == "vllm" else "cpu")
+    target = written.target or (80 if metric in ("cpu", "memory") else 5)
+    return AutoscalingPlan(written.min_replicas, written.max_replicas, metric, target)
 
 
 def _resolve_pods(

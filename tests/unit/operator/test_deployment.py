@@ -7,11 +7,12 @@ import json
 
 import pytest
 
+from finetune_contract.run_config import RunConfig
 from finetune_contract.smoke_prompt import EXIT_NO_ANSWER, EXIT_REFUSED
 from finetune_operator.deployment import KEPT_VERSIONS, PROVING_SECONDS, next_deletion_step
 from finetune_operator.lifecycle import next_step
-from finetune_operator.manifests.inference import build_served
-from finetune_operator.observed import Endpoint, Job, Version
+from finetune_operator.manifests.inference import build_served, build_smoke_job
+from finetune_operator.observed import Claim, Endpoint, Job, PodCondition, Version
 from finetune_operator.record import Terminal, to_text
 from finetune_operator.steps import Apply, Create, Finish, Remove, Scale, SetFinalizer, Wait
 from tests.support.kubelet import DETAILS
@@ -34,12 +35,12 @@ LATER = NOW + seconds(2 * PROVING_SECONDS)
 
 
 def label_of(plan, record=RECORD):
-    return build_served(plan, record).label
+    return build_served(plan, record, is_on_one_node=True).label
 
 
 def make_version(plan=PLAN, **fields):
     """Return the version that a plan asks for, with its pods ready."""
-    served = build_served(plan, RECORD)
+    served = build_served(plan, RECORD, is_on_one_node=True)
     base = {
         "name": served.name,
         "digest": served.digest,
@@ -349,3 +350,116 @@ def test_what_the_pods_are_makes_another_version_and_nothing_else_does(changed, 
 def test_names_of_versions_fit_kubernetes():
     plan = make_test_plan(inference={"endpoint": "e" * 45})
     assert len(plan.names.smoke_job(label_of(plan))) <= 63
+
+
+def find(plan, kind, **options):
+    """Return the object of one kind among those of a plan's version; None when there is none."""
+    objects = build_served(plan, RECORD, **options).objects
+    return next((each for each in objects if each["kind"] == kind), None)
+
+
+def test_serving_pods_accept_requests_and_ask_nobody():
+    policy = find(PLAN, "NetworkPolicy")["spec"]
+    assert policy["ingress"] == [{"ports": [{"port": 8000, "protocol": "TCP"}]}]
+    assert (policy["egress"], policy["policyTypes"]) == ([], ["Ingress", "Egress"])
+    labels = find(PLAN, "Deployment")["spec"]["template"]["metadata"]["labels"]
+    assert policy["podSelector"]["matchLabels"].items() <= labels.items()
+
+
+def test_one_replica_may_be_evicted_and_one_of_several_at_a_time():
+    assert find(PLAN, "PodDisruptionBudget") is None
+    budget = find(make_test_plan(inference={"replicas": 2}), "PodDisruptionBudget")
+    assert budget["spec"]["maxUnavailable"] == 1
+
+
+@pytest.mark.parametrize(
+    ("written", "metric", "target"),
+    [
+        ({"maxReplicas": 4}, "vllm:num_requests_waiting", {"type": "AverageValue", "averageValue": "5"}),
+        ({"maxReplicas": 4, "metric": "queue", "target": 3}, "queue", {"type": "AverageValue", "averageValue": "3"}),
+        ({"maxReplicas": 4, "metric": "cpu"}, "cpu", {"type": "Utilization", "averageUtilization": 80}),
+    ],
+)
+def test_an_autoscaler_has_the_number_of_pods_to_itself(written, metric, target):
+    plan = make_test_plan(inference={"autoscaling": written})
+    spec = find(plan, "HorizontalPodAutoscaler")["spec"]
+    (entry,) = spec["metrics"]
+    told = entry.get("resource") or {**entry["pods"]["metric"], "target": entry["pods"]["target"]}
+    assert (told["name"], told["target"]) == (metric, target)
+    assert spec["scaleTargetRef"]["name"] == find(plan, "Deployment")["metadata"]["name"]
+    assert "replicas" not in find(plan, "Deployment")["spec"]
+    version = make_version(plan, replicas=3, ready_replicas=3)
+    step = look(plan, finished=True, endpoint=make_endpoint(version), versions=(version,))
+    assert isinstance(step, Finish)
+
+
+def test_an_autoscaled_version_that_is_gone_back_to_gets_its_least_number_of_pods():
+    plan = make_test_plan(inference={"autoscaling": {"minReplicas": 2, "maxReplicas": 4}})
+    retired = make_version(plan, replicas=0, ready_replicas=0)
+    live = make_endpoint(OTHER, holder=PLAN.name, holder_uid=UID)
+    step = look(plan, finished=True, endpoint=live, versions=(retired, OTHER))
+    assert isinstance(step, Scale)
+    assert (step.name, step.replicas) == (retired.name, 2)
+
+
+def test_on_a_volume_of_one_node_all_servers_of_it_are_on_that_node():
+    for is_on_one_node in (True, False):
+        template = find(PLAN, "Deployment", is_on_one_node=is_on_one_node)["spec"]["template"]
+        near = template["spec"].get("affinity", {}).get("podAffinity", {})
+        assert bool(near) is is_on_one_node
+        if near:
+            (term,) = near["requiredDuringSchedulingIgnoredDuringExecution"]
+            assert term["topologyKey"] == "kubernetes.io/hostname"
+            # Kubernetes places the first pod of such a group only because the term matches the pod itself.
+            assert term["labelSelector"]["matchLabels"].items() <= template["metadata"]["labels"].items()
+
+
+def test_replicas_beyond_the_node_of_the_volume_are_told_the_way_out():
+    version = make_version(is_ready=False, ready_replicas=0)
+    condition = PodCondition("False", "Unschedulable", "0/3 nodes are available", since=NOW)
+    pod = make_pod(make_smoke_job(version.label), phase="Pending", node="", conditions={"PodScheduled": condition})
+    pods = (dataclasses.replace(pod, version=version.label),)
+    world = {"endpoint": make_endpoint(OTHER), "versions": (version, OTHER), "serving_pods": pods}
+    world["jobs"] = (make_smoke_job(version.label),)
+    step = look(**world, now=NOW + seconds(3600))
+    assert step.situation.reason == "Unschedulable"
+    for told in ("0/3 nodes", "accessMode: ReadWriteMany", "inference.replicas", "still answers"):
+        assert told in step.situation.message
+    shared = Claim(
+        PLAN.workspace.claim, uid="claim", phase="Bound", capacity_bytes=2**40, access_modes=("ReadWriteMany",)
+    )
+    step = look(endpoint=make_endpoint(OTHER), versions=(OTHER,), claim=shared)
+    (deployment,) = [each for each in step.objects if each["kind"] == "Deployment"]
+    assert "podAffinity" not in deployment["spec"]["template"]["spec"].get("affinity", {})
+
+
+@pytest.mark.parametrize(
+    ("runtime", "names"),
+    [("transformers", {"INFERENCE_API_KEY"}), ("vllm", {"INFERENCE_API_KEY", "VLLM_API_KEY"})],
+)
+def test_the_api_key_reaches_server_and_smoke_prompt_by_reference(runtime, names):
+    inference = {"runtime": runtime, "apiKeySecretRef": {"name": "keys"}}
+    plan = make_test_plan(inference=inference)
+    server = find(plan, "Deployment")["spec"]["template"]["spec"]["containers"][0]
+    job = build_smoke_job(plan, label_of(plan), "image", 300)
+    smoke = job["spec"]["template"]["spec"]["containers"][0]
+    for container, wanted in ((server, names), (smoke, names & {"INFERENCE_API_KEY"})):
+        keys = {each["name"]: each["valueFrom"]["secretKeyRef"] for each in container["env"] if "valueFrom" in each}
+        assert keys.keys() == wanted
+        assert all(each == {"name": "keys", "key": "INFERENCE_API_KEY"} for each in keys.values())
+
+
+def test_a_start_may_take_as_long_as_the_model_takes_to_read():
+    def read(size):
+        record = make_record(*EVALUATED).with_phase("promote", {"digest": "abc123", "bytes": size})
+        server = build_served(PLAN, record).objects[1]["spec"]["template"]["spec"]["containers"][0]
+        return server["startupProbe"]["failureThreshold"] * server["startupProbe"]["periodSeconds"]
+
+    assert read(140_000_000_000) - read(0) == 1400
+
+
+def test_a_release_with_more_settings_makes_no_other_version_and_older_images_can_read_it():
+    text = find(PLAN, "ConfigMap")["data"]["run.json"]
+    assert set(json.loads(text)) == {"dataset", "job", "model", "promotion", "serving", "version"}
+    run = RunConfig.from_json(text)
+    assert (run.promotion.digest, run.serving.model_name, run.job.uid) == ("abc123", "support-7b", UID)

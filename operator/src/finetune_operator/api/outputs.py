@@ -93,6 +93,39 @@ class Promotion(Model):
     """The promoted model as the difference from its base: smaller, and of no use without it."""
 
 
+METRICS = ("cpu", "memory", "vllm:num_requests_waiting")
+"""Metrics with a target of their own."""
+
+
+class Autoscaling(Model):
+    """How the number of pods follows the load (HorizontalPodAutoscaler)."""
+
+    min_replicas: Annotated[int, Field(ge=1, le=100)] = 1
+    """Pods at the least."""
+    max_replicas: Annotated[int, Field(ge=1, le=100)]
+    """Pods at the most."""
+    metric: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+    """cpu or memory (share of what is requested), or the name of a metric that the cluster has for pods; by default
+    vllm:num_requests_waiting with vllm and cpu with transformers."""
+    target: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
+    """Value of the metric to keep, on average over the pods; by default 5 waiting requests, or 80 percent."""
+
+    validations = (
+        Rule(
+            "self.minReplicas <= self.maxReplicas",
+            "minReplicas is more than maxReplicas: write the smaller number first",
+            lambda autoscaling: autoscaling.min_replicas <= autoscaling.max_replicas,
+            field="minReplicas",
+        ),
+        Rule(
+            "!has(self.metric) || self.metric in ['cpu', 'memory', 'vllm:num_requests_waiting'] || has(self.target)",
+            "a metric of your own needs a target: write the value to keep",
+            lambda autoscaling: autoscaling.metric in (None, *METRICS) or autoscaling.target is not None,
+            field="target",
+        ),
+    )
+
+
 class Inference(Model):
     """The OpenAI-compatible endpoint that serves the promoted model."""
 
@@ -107,7 +140,11 @@ class Inference(Model):
     runtime: Literal["vllm", "transformers"] | None = None
     """Server: vllm on GPUs, transformers also on CPUs; by default vllm where the job has GPUs."""
     replicas: Annotated[int, Field(ge=0, le=100)] = 1
-    """Pods of the endpoint."""
+    """Pods of the endpoint; without meaning where autoscaling is written."""
+    autoscaling: Autoscaling | None = None
+    """Let the number of pods follow the load."""
+    api_key_secret_ref: SecretRef | None = None
+    """Secret whose key INFERENCE_API_KEY requests must carry as Authorization: Bearer; by default none is asked for."""
     gpus_per_replica: Annotated[int, Field(ge=0, le=64)] | None = None
     """GPUs of each pod; by default 1 with vllm and 0 with transformers."""
     pod: PodTemplate | None = None

@@ -21,7 +21,7 @@ from finetune_operator.api.inputs import (
     DatasetFilter,
     DatasetSource,
 )
-from finetune_operator.api.outputs import Destination, Evaluation, Gate, Inference, Prepare, Promotion
+from finetune_operator.api.outputs import Autoscaling, Destination, Evaluation, Gate, Inference, Prepare, Promotion
 from finetune_operator.api.pods import EnvFrom, EnvVar, ObjectRef, PodResources, PodTemplate, SecretRef, Toleration
 from finetune_operator.api.running import (
     BestCheckpoints,
@@ -252,6 +252,7 @@ __all__ = [
     "PLURAL",
     "VERSION",
     "Attempt",
+    "Autoscaling",
     "BaseModelSource",
     "BestCheckpoints",
     "Checkpoint",

@@ -15,12 +15,13 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from finetune_contract import smoke_prompt
+from finetune_contract import environment, smoke_prompt
 from finetune_contract.reports import Phase
 from finetune_contract.run_config import DatasetConfig, PromotionConfig, RunConfig, Source
 from finetune_contract.workspace import Workspace
 from finetune_operator import naming
-from finetune_operator.plan import Plan
+from finetune_operator.placement import stay_together
+from finetune_operator.plan import AutoscalingPlan, Plan
 from finetune_operator.record import Record
 
 from .common import CONFIG_MOUNT, Container, build_labels, build_metadata, build_pod_spec
@@ -61,17 +62,25 @@ def choose_start_seconds(plan: Plan, record: Record) -> int:
     return STARTING_SECONDS[plan.serving.runtime] + size // READ_BYTES_PER_SECOND
 
 
-def build_served(plan: Plan, record: Record) -> Served:
-    """Return the version that the plan asks for."""
+def build_served(plan: Plan, record: Record, *, is_on_one_node: bool = False) -> Served:
+    """Return the version that the plan asks for. `is_on_one_node`: no second node can mount the workspace."""
     digest = serving_digest(plan, record)
-    run = _reduce(build_run_config(plan, record), digest)
-    pod = _build_pod(plan, digest, choose_start_seconds(plan, record))
-    identity = {"job": plan.uid, "pod": pod, "run": run.to_json(), "labels": dict(plan.pods[Phase.SERVE].labels)}
+    run = _prune(_reduce(build_run_config(plan, record), digest))
+    pod = _build_pod(plan, digest, choose_start_seconds(plan, record), is_on_one_node=is_on_one_node)
+    settings = plan.pods[Phase.SERVE]
+    identity = {
+        "job": plan.uid,
+        "pod": pod,
+        "run": run,
+        "settings": [dict(settings.labels), dict(settings.annotations)],
+        "is_autoscaled": plan.serving.autoscaling is not None,
+    }
     label = _make_label(digest, json.dumps(identity, sort_keys=True))
     served = Served(label, plan.names.version(label), digest, ())
-    config_map = build_run_config_map(plan, served.name, Phase.SERVE, run, "")
+    config_map = build_run_config_map(plan, served.name, Phase.SERVE, plan.run, "")
     config_map["metadata"] = _metadata(plan, served)
-    config_map["data"][SCRIPT] = _read_script()
+    files = {"run.json": json.dumps(run, sort_keys=True, indent=1), SCRIPT: _read_script()}
+    config_map["data"] |= files
     pod["volumes"][0]["configMap"]["name"] = served.name
     objects = (config_map, _build_deployment(plan, served, pod, choose_start_seconds(plan, record)))
     return dataclasses.replace(served, objects=(*objects, *build_companions(plan, label, digest)))
@@ -88,6 +97,20 @@ def _reduce(run: RunConfig, digest: str) -> RunConfig:
         promotion=PromotionConfig(digest=digest),
         serving=run.serving,
     )
+
+
+def _prune(settings: Any) -> dict[str, Any]:
+    """Return settings without what is at its default, and the version of their format.
+
+    A release that knows more settings then makes no other version of what is served, nor a file that the image of an
+    earlier one cannot read.
+    """
+    result: dict[str, Any] = {"version": settings.version} if isinstance(settings, RunConfig) else {}
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if value != field.default or field.default is dataclasses.MISSING:
+            result[field.name] = _prune(value) if dataclasses.is_dataclass(value) else value
+    return result
 
 
 def _make_label(digest: str, identity: str) -> str:
@@ -110,19 +133,22 @@ def _metadata(plan: Plan, served: Served) -> dict[str, Any]:
 
 def _build_deployment(plan: Plan, served: Served, pod: dict[str, Any], start_seconds: int) -> dict[str, Any]:
     settings = plan.pods[Phase.SERVE]
-    endpoint = {naming.LABEL_ENDPOINT: plan.names.endpoint, naming.LABEL_VERSION: served.label}
+    selected = _select(plan, served.label)
+    labels = {**settings.labels, **build_labels(plan, Phase.SERVE), **selected, **_label_workspace(plan)}
+    # With an autoscaler the number is its own: applied here, it would be set back on every pass.
+    replicas = {} if plan.serving.autoscaling else {"replicas": plan.serving.replicas}
     return {
         "apiVersion": "apps/v1",
         "kind": "Deployment",
         "metadata": _metadata(plan, served),
         "spec": {
-            "replicas": plan.serving.replicas,
-            "selector": {"matchLabels": endpoint},
+            **replicas,
+            "selector": {"matchLabels": selected},
             "progressDeadlineSeconds": start_seconds,
             "revisionHistoryLimit": 0,
             "template": {
                 "metadata": {
-                    "labels": {**settings.labels, **build_labels(plan, Phase.SERVE), **endpoint},
+                    "labels": labels,
                     "annotations": {**settings.annotations, naming.ANNOTATION_DIGEST: served.digest},
                 },
                 "spec": pod,
@@ -131,15 +157,22 @@ def _build_deployment(plan: Plan, served: Served, pod: dict[str, Any], start_sec
     }
 
 
-def _build_pod(plan: Plan, digest: str, start_seconds: int) -> dict[str, Any]:
+def _label_workspace(plan: Plan) -> dict[str, str]:
+    return {naming.LABEL_WORKSPACE: naming.short_digest(plan.workspace.claim)}
+
+
+def _build_pod(plan: Plan, digest: str, start_seconds: int, *, is_on_one_node: bool) -> dict[str, Any]:
     container = Container(
         phase=Phase.SERVE,
         config_map="",
         gpus=plan.serving.gpus,
         requests=dict(plan.preparation_resources.get("requests", {})),
+        env=_build_keys(plan),
         is_workspace_read_only=True,
     )
     spec = build_pod_spec(plan, container)
+    if is_on_one_node:
+        spec["affinity"] = stay_together(spec.get("affinity") or {}, _label_workspace(plan))
     spec["restartPolicy"] = "Always"
     spec["terminationGracePeriodSeconds"] = UNHURRIED_SECONDS + DRAIN_SECONDS
     server = spec["containers"][0]
@@ -173,25 +206,67 @@ def _build_pod(plan: Plan, digest: str, start_seconds: int) -> dict[str, Any]:
     return spec
 
 
+def _build_keys(plan: Plan) -> tuple[dict[str, Any], ...]:
+    """Return the variables with the API key: the one that vLLM reads, and the one that our own programs do."""
+    if not plan.serving.api_key_secret:
+        return ()
+    key = {"secretKeyRef": {"name": plan.serving.api_key_secret, "key": smoke_prompt.API_KEY}}
+    names = ("VLLM_API_KEY", smoke_prompt.API_KEY) if plan.serving.runtime == "vllm" else (smoke_prompt.API_KEY,)
+    return tuple({"name": name, "valueFrom": key} for name in names)
+
+
 def _run_script(*arguments: str) -> dict[str, Any]:
     return {"exec": {"command": ["python3", f"{CONFIG_MOUNT}/{SCRIPT}", *arguments]}}
 
 
 def build_companions(plan: Plan, label: str, digest: str) -> tuple[dict[str, Any], ...]:
-    """Return what goes with the Deployment of a version: the Service that the smoke prompt goes through."""
+    """Return what goes with the pods of a version, all under its name."""
     served = Served(label, plan.names.version(label), digest, ())
-    return (
-        {
-            "apiVersion": "v1",
-            "kind": "Service",
-            "metadata": _metadata(plan, served),
-            "spec": {
-                **_service_spec(plan, label),
-                # Asked before it is ready: the smoke prompt waits for the server, not for its probes.
-                "publishNotReadyAddresses": True,
-            },
-        },
-    )
+    # Asked before it is ready: the smoke prompt waits for the server, not for its probes.
+    service = {**_service_spec(plan, label), "publishNotReadyAddresses": True}
+    policy = {
+        "podSelector": {"matchLabels": _select(plan, label)},
+        "policyTypes": ["Ingress", "Egress"],
+        "ingress": [{"ports": [{"port": PORT, "protocol": "TCP"}]}],
+        # The model is on the workspace, which the node mounts: a server has nothing to ask of anybody.
+        "egress": [],
+    }
+    objects = [
+        _build_companion(plan, served, "v1", "Service", service),
+        _build_companion(plan, served, "networking.k8s.io/v1", "NetworkPolicy", policy),
+    ]
+    if plan.serving.least_replicas > 1:
+        budget = {"maxUnavailable": 1, "selector": {"matchLabels": _select(plan, label)}}
+        objects.append(_build_companion(plan, served, "policy/v1", "PodDisruptionBudget", budget))
+    if plan.serving.autoscaling is not None:
+        spec = _autoscale(plan.serving.autoscaling, served.name)
+        objects.append(_build_companion(plan, served, "autoscaling/v2", "HorizontalPodAutoscaler", spec))
+    return tuple(objects)
+
+
+def _build_companion(
+    plan: Plan, served: Served, api_version: str, kind: str, spec: Mapping[str, Any]
+) -> dict[str, Any]:
+    return {"apiVersion": api_version, "kind": kind, "metadata": _metadata(plan, served), "spec": dict(spec)}
+
+
+def _autoscale(autoscaling: AutoscalingPlan, name: str) -> dict[str, Any]:
+    if autoscaling.metric in ("cpu", "memory"):
+        target = {"type": "Utilization", "averageUtilization": autoscaling.target}
+        metric = {"type": "Resource", "resource": {"name": autoscaling.metric, "target": target}}
+    else:
+        target = {"type": "AverageValue", "averageValue": str(autoscaling.target)}
+        metric = {"type": "Pods", "pods": {"metric": {"name": autoscaling.metric}, "target": target}}
+    return {
+        "scaleTargetRef": {"apiVersion": "apps/v1", "kind": "Deployment", "name": name},
+        "minReplicas": autoscaling.least,
+        "maxReplicas": autoscaling.most,
+        "metrics": [metric],
+    }
+
+
+def _select(plan: Plan, label: str) -> dict[str, str]:
+    return {naming.LABEL_ENDPOINT: plan.names.endpoint, naming.LABEL_VERSION: label}
 
 
 def build_service(plan: Plan, label: str, digest: str, annotations: Mapping[str, str] | None = None) -> dict[str, Any]:
@@ -223,11 +298,12 @@ def build_smoke_job(plan: Plan, label: str, image: str, within_seconds: int) -> 
     It runs beside a server, where the image is, and needs neither its GPU nor its volume.
     """
     name = plan.names.version(label)
-    pod = build_pod_spec(plan, Container(phase=Phase.SERVE, config_map=name, has_workspace=False))
+    asked = Container(phase=Phase.SERVE, config_map=name, env=_build_keys(plan), has_workspace=False)
+    pod = build_pod_spec(plan, asked)
     (container,) = pod["containers"]
     for key in ("args", "envFrom"):
         container.pop(key)
-    kept = {"FINETUNE_TERMINATION_LOG"}
+    kept = {environment.TERMINATION_LOG, smoke_prompt.API_KEY}
     container |= {
         "name": naming.CONTAINER,
         "image": image,
@@ -238,7 +314,7 @@ def build_smoke_job(plan: Plan, label: str, image: str, within_seconds: int) -> 
         "env": [each for each in container["env"] if each["name"] in kept],
         "resources": {"requests": {"cpu": "10m", "memory": "64Mi"}, "limits": {"memory": "256Mi"}},
     }
-    pod["affinity"] = {"podAffinity": _beside({naming.LABEL_VERSION: label})}
+    pod["affinity"] = stay_together({}, {naming.LABEL_VERSION: label})
     pod["nodeSelector"] = {}
     pod["tolerations"] = [{"operator": "Exists"}]
     labels = build_labels(plan, naming.SMOKE)
@@ -264,8 +340,3 @@ def build_smoke_job(plan: Plan, label: str, image: str, within_seconds: int) -> 
             "template": {"metadata": {"labels": labels}, "spec": pod},
         },
     }
-
-
-def _beside(labels: Mapping[str, str]) -> dict[str, Any]:
-    term = {"labelSelector": {"matchLabels": dict(labels)}, "topologyKey": "kubernetes.io/hostname"}
-    return {"requiredDuringSchedulingIgnoredDuringExecution": [term]}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import pathlib
+import time
 
 from finetune_contract.reports import ExitCode
 from finetune_contract.run_config import RunConfig
@@ -24,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serve until asked to stop."""
+    started = time.monotonic()
     folder, name, port, trust = _choose(args)
     digest = str(promoted.read_manifest(folder)["digest"])
     plain.prepare_libraries()
@@ -31,6 +33,7 @@ def run(args: argparse.Namespace) -> int:
     from finetune_trainer.serving.generate import Generator
     from finetune_trainer.serving.server import serve
 
+    emit("stack imported", seconds=round(time.monotonic() - started, 2))
     generator = Generator(folder, trust_remote_code=trust)
     emit("serving", model=name, folder=str(folder), port=port)
     with contextlib.suppress(StopRequested):
