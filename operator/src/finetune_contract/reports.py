@@ -71,6 +71,7 @@ class Phase(enum.StrEnum):
     PROMOTE = "promote"
     EVALUATE = "evaluate"
     PUBLISH = "publish"
+    COMPOSE = "compose"
     SERVE = "serve"
 
 
@@ -127,6 +128,9 @@ class ExitReport:
         token, of the answers).
     publish: destinations (list of URLs with the digest appended), weight_diff (path below the workspace, bytes of the
         compressed difference, ratio to the bytes of the weights; absent without one).
+    compose: digest (of the profile), model (folder that the adapter is served over, below the workspace), rank,
+        largest_error, adapters (list of name, digest and weight), scores (as of evaluate, of the composition), drift
+        (nats per answer token, by `base` and the adapters' names).
     """
 
     phase: str

@@ -263,6 +263,34 @@ class PromotionConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class AdapterConfig:
+    """A LoRA adapter that is composed over the promoted model."""
+
+    name: str
+    source: str
+    """URL of a PEFT folder, or of a promoted model that has one, as in Source."""
+    revision: str = ""
+    weight: float = 1.0
+    secret_prefix: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class CompositionConfig:
+    """The adapters that are served over the promoted model, as one."""
+
+    adapters: tuple[AdapterConfig, ...] = ()
+    """Empty: the promoted model is served as it is."""
+    method: str = "concatenate"
+    """concatenate, svd, linear, ties, dare-linear or dare-ties."""
+    rank: int = 0
+    """Largest rank of the result; 0: what the method needs."""
+    density: float = 0.5
+    seed: int = 0
+    digest: str = ""
+    """Digest of the profile of the composition to serve; empty until it is composed."""
+
+
+@dataclasses.dataclass(frozen=True)
 class ServingConfig:
     """The endpoint."""
 
@@ -322,6 +350,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     promotion: PromotionConfig = PromotionConfig()
+    composition: CompositionConfig = CompositionConfig()
     serving: ServingConfig = ServingConfig()
     history: RunHistory = RunHistory()
     """Empty while the job trains."""

@@ -72,6 +72,15 @@ class Workspace:
         return self.root / "weight-diffs" / digest
 
     @property
+    def adapters(self) -> pathlib.Path:
+        """One folder per composed adapter, named by the digest of its profile."""
+        return self.root / "adapters"
+
+    def composed_adapter(self, digest: str) -> pathlib.Path:
+        """The composed adapter with this profile: PEFT's files, composition.json, measurement.json."""
+        return self.adapters / digest
+
+    @property
     def reports(self) -> pathlib.Path:
         """One JSON file per phase, `dataset-<digest>.json` and `.html`, `run-<digest>.html`, `.json` and `.md` of each
         promoted model, `scores.json`, `samples.json`, and `metrics.jsonl`, a line per logged step.

@@ -32,6 +32,7 @@ COMMANDS = {
     "evaluate": "score a model on held-out rows and lm-eval tasks, beside its base",
     "report": "write what came of a run as a page, as JSON and as a model card, from the files it has left",
     "publish": "copy the promoted model to its destinations",
+    "compose": "compose a job's adapters over the promoted model, and measure what comes of it",
     "serve": "answer OpenAI-compatible requests with a model",
     "generate": "answer prompts from a file or the command line with a model",
     "adapters": "look into LoRA adapters, compose several over one base into one, and measure what comes of it",

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ from finetune_trainer.weight_diff.tensors import invalid
 
 if TYPE_CHECKING:
     import pathlib
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from finetune_trainer.adapters.compose import Composition, Settings
 
@@ -35,10 +36,14 @@ def make_profile(parts: Sequence[Part], settings: Settings, names: Sequence[str]
     known = next((part.adapter.base.digests[0] for part in parts if part.adapter.base.digests), "")
     entries: list[Entry] = []
     for name, part in zip(names, parts, strict=True):
-        taken = sum(entry.name == name or entry.name.startswith(f"{name}-") for entry in entries)
-        own = f"{name}-{taken + 1}" if taken else name
+        taken = {entry.name for entry in entries}
+        own = next(each for each in itertools.chain([name], _number(name)) if each not in taken)
         entries.append(Entry(own, str(part.adapter.folder), part.adapter.digest, part.weight))
     return Profile(base or known, tuple(entries), settings)
+
+
+def _number(name: str) -> Iterator[str]:
+    return (f"{name}-{number}" for number in itertools.count(2))
 
 
 def read_parts(path: pathlib.Path, downloads: pathlib.Path) -> tuple[Profile, list[Part], str]:

@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     if base.scores:
         (workspace.reports / "scores.md").write_text(table + "\n", encoding="utf-8")
         print(table, file=sys.stderr)
-    details = _shorten(result) | write_run_report(settings, digest)
+    details = shorten_scores(result) | write_run_report(settings, digest)
     report = ExitReport(Phase.EVALUATE, Reason.COMPLETED, _message(tuned.scores, base.scores), details=details)
     write_exit_report(report, workspace)
     print(json.dumps(result | errors, indent=1, sort_keys=True))
@@ -68,13 +68,13 @@ def _message(scores: dict[str, Any], baseline: dict[str, Any]) -> str:
     return text + (f", base {baseline['holdout']['loss']:.4f}" if "holdout" in baseline else "")
 
 
-def _shorten(result: dict[str, Any]) -> dict[str, Any]:
+def shorten_scores(result: dict[str, Any], limit: int = MAX_DETAILS) -> dict[str, Any]:
     """Return the scores with few digits, without the parts of groups where they would not fit."""
     rounded = {
         kind: {task: {name: float(f"{value:.6g}") for name, value in metrics.items()} for task, metrics in by.items()}
         for kind, by in result.items()
     }
-    while len(json.dumps(rounded)) > MAX_DETAILS:
+    while len(json.dumps(rounded)) > limit:
         # MMLU alone has 57 parts: the longest names are the parts, the group's own score has the shortest.
         longest = max({task for by in rounded.values() for task in by}, key=len)
         for by in rounded.values():

@@ -34,7 +34,7 @@ class Side:
 def evaluate(run: RunConfig, model: pathlib.Path | None = None) -> tuple[Side, Side]:
     """Return what the model (by default the promoted one) and its base reach, task by task."""
     folder = model or find_promoted(run)
-    rows = _read_holdout(run) if run.evaluation.holdout else None
+    rows = read_holdout(run) if run.evaluation.holdout else None
     samples = _choose_samples(run) if rows is not None else []
     tuned = _score(run, folder, rows, samples)
     base = _score(run, modeling.find_base_model(run), rows, samples) if run.evaluation.baseline else Side()
@@ -67,7 +67,7 @@ def find_promoted(run: RunConfig) -> pathlib.Path:
     return folder
 
 
-def _read_holdout(run: RunConfig) -> tokens.TokenizedRows:
+def read_holdout(run: RunConfig) -> tokens.TokenizedRows:
     base = modeling.find_base_model(run)
     tokenizer = modeling.load_tokenizer(base, run.trust_remote_code)
     max_length = min(run.training.max_length, modeling.limit_length(modeling.read_config(base, run.trust_remote_code)))
