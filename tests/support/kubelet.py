@@ -58,6 +58,15 @@ DETAILS: dict[str, dict[str, Any]] = {
         "baseline": {"holdout": {"loss": 8.0, "perplexity": 2980.0, "unigram_entropy": 6.1}},
     },
     "publish": {"destinations": ["s3://bucket/models/abc123"]},
+    "compose": {
+        "digest": "f00d",
+        "model": "output/abc123",
+        "rank": 16,
+        "largest_error": 0.0,
+        "adapters": [{"name": "polite", "digest": "p1", "weight": 1.0}],
+        "scores": {"holdout": {"loss": 2.1, "perplexity": 8.2}},
+        "drift": {"base": 0.2, "polite": 0.0},
+    },
     "smoke": {"time_to_first_token_seconds": 0.25, "tokens_per_second": 40.0, "answer_seconds": 0.6, "tokens": 16},
 }
 """What each phase reports where a test says nothing else."""

@@ -9,21 +9,25 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 
 from finetune_contract.reports import ExitCode
+from finetune_contract.run_config import CompositionConfig, DatasetConfig, RunConfig, Source
 from finetune_trainer.adapters.base import read_model_base
+from finetune_trainer.adapters.job import find_served
+from finetune_trainer.errors import TrainerError
+from finetune_trainer.serving.generate import Generator
 from finetune_trainer.training import modeling
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 STEPS = ("training.max_steps=4", "checkpoint.every_steps=4")
 
 
-def write_adapter(model, folder, *, seed=0, rank=4, base=""):
+def write_adapter(model, folder, *, seed=0, rank=4, base="", std=0.1):
     tuned = get_peft_model(
         modeling.load_model(model, "float32"), LoraConfig(r=rank, lora_alpha=8, target_modules=TARGETS)
     )
     torch.manual_seed(seed)
     for key, parameter in tuned.named_parameters():
         if "lora_" in key:
-            torch.nn.init.normal_(parameter, std=0.1)
+            torch.nn.init.normal_(parameter, std=std)
     tuned.save_pretrained(folder)
     config = folder / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": base or str(model)}))
@@ -72,6 +76,33 @@ def test_adapters_go_over_the_model_that_was_promoted(full, tmp_path):
     # The same adapters again are the same composition.
     assert run.call("compose", setting) == 0
     assert run.report("compose")["details"]["digest"] == details["digest"]
+
+
+def ask(generator):
+    return generator.answer([{"role": "user", "content": "What does list.opens do?"}], 24).text
+
+
+def test_what_is_served_answers_with_the_adapters_and_without_at_the_same_time(full, tmp_path):
+    run, model = full
+    polite = write_adapter(model, tmp_path / "polite", std=0.4)
+    assert run.call("compose", name_adapters((polite, {"name": "polite"}))) == 0
+    digest = run.report("compose")["details"]["digest"]
+    settings = RunConfig(
+        Source(str(run.model)), DatasetConfig(()), workspace=str(run.root), composition=CompositionConfig(digest=digest)
+    )
+    folder, adapter = find_served(settings)
+    base = Generator(folder, promoted=model)
+    composed = base.share_with_adapter(adapter)
+
+    merged = Generator(model, adapter)
+    assert ask(base) == ask(Generator(model)) != ask(composed)
+    assert ask(composed)[:20] == ask(merged)[:20]
+    weights = {name: weight.data_ptr() for name, weight in base.model.named_parameters()}
+    shared = {weight.data_ptr() for weight in composed.model.parameters()}
+    assert set(weights.values()) <= shared
+    (adapter / "adapter_model.safetensors").write_bytes((polite / "adapter_model.safetensors").read_bytes())
+    with pytest.raises(TrainerError, match=r"composition\.json names|rank"):
+        find_served(settings)
 
 
 def test_an_adapter_of_another_base_is_refused_by_its_entry(full, models, tmp_path):

@@ -83,7 +83,8 @@ def test_losses_and_drift_are_those_of_the_models_one_by_one(model, adapters, da
         assert divergence > 0.01
         assert drift["divergence"]["value"] == pytest.approx(divergence, rel=5e-2)
         assert drift["agreement"]["value"] == pytest.approx(same, abs=0.03)
-        (difference,) = facts["differences"][side]
+        difference, perplexity = facts["differences"][side]
+        assert (perplexity["metric"], perplexity["isLargerThanError"]) == ("perplexity", None)
         assert difference["difference"] == pytest.approx(
             facts["scores"]["composition"]["holdout"]["loss"] - loss, abs=5e-3
         )

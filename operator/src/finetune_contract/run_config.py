@@ -290,6 +290,10 @@ class CompositionConfig:
     """Digest of the profile of the composition to serve; empty until it is composed."""
 
 
+BASE_SUFFIX = "-base"
+"""What an endpoint that serves adapters puts behind its name for the model without them."""
+
+
 @dataclasses.dataclass(frozen=True)
 class ServingConfig:
     """The endpoint."""

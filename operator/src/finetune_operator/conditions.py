@@ -82,6 +82,7 @@ class Reason(enum.StrEnum):
     PROMOTING = "Promoting"
     EVALUATING = "Evaluating"
     PUBLISHING = "Publishing"
+    COMPOSING = "Composing"
     EVALUATION_BELOW_GATE = "EvaluationBelowGate"
     SCORE_MISSING = "ScoreMissing"
     DEPLOYING = "Deploying"

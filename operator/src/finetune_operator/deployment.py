@@ -13,6 +13,7 @@ import json
 from finetune_contract.smoke_prompt import EXIT_NO_ANSWER
 
 from . import naming
+from .composing import next_composition_step
 from .conditions import Reason, Type
 from .manifests.inference import (
     Served,
@@ -21,7 +22,6 @@ from .manifests.inference import (
     build_service,
     build_smoke_job,
     choose_start_seconds,
-    serving_digest,
 )
 from .naming import Names
 from .observed import Endpoint, Job, Observed, Pod, Version
@@ -41,6 +41,7 @@ from .steps import (
     Wait,
     WriteRecord,
 )
+from .versions import serving_version
 from .view import View, block
 
 DEPLOYING = Situation("Deploying", Reason.DEPLOYING, "the endpoint is starting", condition=Type.DEPLOYED)
@@ -118,6 +119,9 @@ def next_endpoint_step(view: View) -> Step | None:
             "that is no endpoint: write another name, or remove that object"
         )
         return Wait(Situation("Deploying", Reason.ENDPOINT_TAKEN, message, is_stalled=True, condition=Type.DEPLOYED))
+    composing = next_composition_step(view)
+    if composing is not None:
+        return _keep_meanwhile(view, composing)
     target = choose_target(view)
     is_live = endpoint is not None and is_holder(observed, plan.uid) and endpoint.version == target.served.label
     # A retained endpoint outlives its job; what has not become one goes with it.
@@ -129,6 +133,15 @@ def next_endpoint_step(view: View) -> Step | None:
     if step is not None:
         return step
     return _next_when_live(view, target, endpoint) if is_live else _next_before_live(view, target, endpoint)
+
+
+def _keep_meanwhile(view: View, step: Step) -> Step:
+    """Let the endpoint stay as it is while adapters are composed, or cannot be."""
+    endpoint = view.observed.endpoint
+    if not isinstance(step, Wait) or endpoint is None or not is_holder(view.observed, view.plan.uid):
+        return step
+    situation = dataclasses.replace(step.situation, message=step.situation.message + _tell_live(view))
+    return dataclasses.replace(step, situation=situation, kept=(_keep_live(view, endpoint),))
 
 
 def _next_before_live(view: View, target: Target, endpoint: Endpoint) -> Step:
@@ -371,7 +384,7 @@ def succeed(view: View) -> WriteRecord:
     message = f"endpoint {plan.names.endpoint} answers" if served else "the model is promoted"
     reason = Reason.SERVING if served else Reason.SUCCEEDED
     terminal = Terminal("Succeeded", reason, message, to_text(view.now), digest=plan.digest)
-    digest = serving_digest(plan, view.record) if served else ""
+    digest = serving_version(plan, view.record) if served else ""
     record = dataclasses.replace(view.record, terminal=terminal, deployed_digest=digest)
     return WriteRecord(record, Situation("Succeeded", reason, message))
 

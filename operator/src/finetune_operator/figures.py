@@ -17,6 +17,7 @@ from .conditions import Reason
 from .errors import redact
 from .observed import Observed, earliest_start
 from .plan import Plan
+from .versions import find_served, split_version
 from .work import measure_work
 
 Previous = FineTuneJobStatus
@@ -268,7 +269,12 @@ def build_serving(plan: Plan, observed: Observed) -> dict[str, Any] | None:
         "ready": endpoint.is_ready and endpoint.ready_replicas > 0,
         "url": f"http://{plan.names.endpoint}.{plan.namespace}.svc/v1",
         "model": plan.run.serving.model_name,
-        "digest": endpoint.digest or None,
+        "version": endpoint.digest or None,
+        "digest": split_version(endpoint.digest)[0] or None,
+        "profile": split_version(endpoint.digest)[1] or None,
+        "adapters": [
+            str(each.get("name")) for each in find_served(observed.record, endpoint.digest).get("adapters", ())
+        ],
         "time_to_first_token_seconds": _read_number(endpoint.figures.get("time_to_first_token_seconds")),
         "tokens_per_second": _read_number(endpoint.figures.get("tokens_per_second")),
     }

@@ -15,7 +15,6 @@ from . import naming
 from .attempts import has_ended_well, next_training_step, revive_attempt, suspend_attempt
 from .conditions import Reason, Type
 from .deployment import keep_endpoint, next_endpoint_step, succeed
-from .manifests.inference import serving_digest
 from .manifests.memory import build_plan_map
 from .manifests.workspace import build_workspace_claim
 from .observed import Job, Observed
@@ -28,6 +27,7 @@ from .policies.storage import find_storage_problem, needs_growth, resolve_size
 from .record import Record, Terminal, to_time
 from .recovery import next_recovery_step
 from .steps import Apply, Create, Finish, Reference, Remove, Situation, Step, Wait, WriteRecord
+from .versions import serving_version
 from .view import View, write_failure
 
 RELEASE = "0.1.0"
@@ -134,7 +134,7 @@ def _next_to_publish(view: View) -> Step | None:
 
 
 def _next_to_serve(view: View) -> Step | None:
-    if view.plan.serving.is_enabled and not serving_digest(view.plan, view.record):
+    if view.plan.serving.is_enabled and not serving_version(view.plan, view.record):
         message = "promotion left no digest to serve: its image is no trainer image of this operator's release"
         return write_failure(view, Phase.SERVE, Reason.REPORT_MISSING, message)
     return next_endpoint_step(view)
@@ -152,14 +152,16 @@ def _next_while_suspended(view: View) -> Step:
 
 
 def _remove_running(view: View, situation: Situation) -> Step | None:
-    running = [job for job in view.observed.jobs if _is_running(job)]
+    # A job that has finished may still go over to another version: adapters are composed, the smoke prompt is asked.
+    kept = (naming.SMOKE, Phase.COMPOSE) if view.record.terminal is not None else (naming.SMOKE,)
+    running = [job for job in view.observed.jobs if _is_running(job) and job.component not in kept]
     if not running:
         return None
     return Remove(tuple(Reference("batch/v1", "Job", job.name, job.uid) for job in running), situation)
 
 
 def _is_running(job: Job) -> bool:
-    return not (job.is_succeeded or job.is_failed or job.is_deleting or job.component == naming.SMOKE)
+    return not (job.is_succeeded or job.is_failed or job.is_deleting)
 
 
 def _next_after_end(view: View, terminal: Terminal) -> Step:

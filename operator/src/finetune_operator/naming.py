@@ -70,6 +70,10 @@ class Names:
         """Name of the Job of a phase that runs once; also that of its ConfigMap."""
         return f"{self.job}-{phase}"
 
+    def compose_job(self, request: str) -> str:
+        """Name of the Job that composes the adapters of one request; also that of its ConfigMap."""
+        return f"{self.job}-compose-{request}"
+
     def training_job(self, attempt: int) -> str:
         """Name of the Job of one attempt; also that of its ConfigMap."""
         return f"{self.job}-train-{attempt}"

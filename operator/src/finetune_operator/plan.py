@@ -286,6 +286,7 @@ def _resolve_pods(
         Phase.PREPARE: spec.prepare.pod,
         Phase.TRAIN: spec.training.pod,
         Phase.EVALUATE: spec.evaluation.pod,
+        Phase.COMPOSE: spec.evaluation.pod,
         Phase.SERVE: spec.inference.pod,
     }
     result = {}
@@ -362,6 +363,7 @@ def _refuse_what_is_not_allowed(spec: FineTuneJobSpec, run: RunConfig, settings:
     if run.dataset.judge.source:
         urls.append(("dataset.judge.source", run.dataset.judge.source))
     urls += [("promotion.destinations", each.destination) for each in run.promotion.destinations]
+    urls += [(f"inference.adapters[{at}].source", each.source) for at, each in enumerate(run.composition.adapters)]
     if run.checkpoint.mirror.destination:
         urls.append(("checkpoint.mirror.destination", run.checkpoint.mirror.destination))
     for field, url in urls:
@@ -371,7 +373,8 @@ def _refuse_what_is_not_allowed(spec: FineTuneJobSpec, run: RunConfig, settings:
             raise InvalidJobError(
                 f"{field}: {scheme}:// is not allowed by the administrators: use {allowed}", Reason.NOT_ALLOWED
             )
-        if scheme == "pvc" and field != "promotion.destinations" and spec.workspace.existing_claim is None:
+        is_input = not field.startswith(("promotion.", "inference."))
+        if scheme == "pvc" and is_input and spec.workspace.existing_claim is None:
             raise InvalidJobError(
                 f"{field}: {url} lies on a workspace that is yet to be made: name the claim that holds it in "
                 "workspace.existingClaim"

@@ -17,6 +17,8 @@ KEY = "record.json"
 """Key in the ConfigMap's data."""
 MAX_ATTEMPTS = 10
 """How many attempts are kept, the newest ones."""
+MAX_COMPOSITIONS = 10
+"""How many compositions of adapters are kept, the newest ones."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +144,9 @@ class Record:
     excluded_nodes: tuple[Exclusion, ...] = ()
     """Nodes that the next attempt avoids, the oldest first."""
     last_failure: Failure | None = None
+    compositions: tuple[Mapping[str, Any], ...] = ()
+    """Results (`ExitReport.details`) of the compositions of adapters, each with `request`, the digest of what was asked
+    for; the newest ones, the oldest first."""
     deployed_digest: str = ""
     """Digest that the endpoint served when it was ready last; empty: never yet."""
     terminal: Terminal | None = None
@@ -164,6 +169,12 @@ class Record:
         """Return the record with the phase done."""
         return dataclasses.replace(self, phases={**self.phases, phase: dict(details)})
 
+    def with_composition(self, request: str, details: Mapping[str, Any]) -> Record:
+        """Return the record with a composition added."""
+        others = [each for each in self.compositions if each["request"] != request]
+        kept = (*others, {**details, "request": request})[-MAX_COMPOSITIONS:]
+        return dataclasses.replace(self, compositions=kept)
+
     def with_attempt(self, attempt: Attempt) -> Record:
         """Return the record with the attempt added, or replaced when it is there."""
         others = tuple(each for each in self.attempts if each.number != attempt.number)
@@ -181,6 +192,7 @@ def read_record(text: str) -> Record:
         raise ValueError("the record is not an object")
     fields = _known(Record, data)
     fields["attempts"] = tuple(_read_attempt(each) for each in data.get("attempts", ()))
+    fields["compositions"] = tuple(data.get("compositions", ()))
     fields["excluded_nodes"] = tuple(Exclusion(**_known(Exclusion, each)) for each in data.get("excluded_nodes", ()))
     terminal = data.get("terminal")
     fields["last_failure"] = _read_failure(data.get("last_failure"))

@@ -67,6 +67,7 @@ def _forget_workspace(record: Record, failure: Failure) -> Record:
     return dataclasses.replace(
         record,
         phases={name: details for name, details in record.phases.items() if name == Phase.INSPECT},
+        compositions=(),
         expected_digests=digests or record.expected_digests,
         claim_uid="",
         storage_full_at=0,

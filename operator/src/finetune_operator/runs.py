@@ -10,7 +10,9 @@ from typing import Any
 
 from finetune_contract.reports import Phase
 from finetune_contract.run_config import (
+    AdapterConfig,
     CheckpointConfig,
+    CompositionConfig,
     DatasetConfig,
     Destination,
     EvaluationConfig,
@@ -26,7 +28,9 @@ from finetune_contract.run_config import (
 )
 
 from . import recipes
+from .api.adapters import Composition
 from .api.inputs import DatasetFilter, DatasetJudge
+from .api.outputs import Inference
 from .api.v1alpha1 import FineTuneJob, FineTuneJobSpec
 from .settings import Settings
 
@@ -59,6 +63,7 @@ def resolve_run(job: FineTuneJob, settings: Settings) -> RunConfig:
             ),
             weight_diff=spec.promotion.weight_diff.enabled,
         ),
+        composition=_resolve_composition(spec.inference),
     )
 
 
@@ -144,6 +149,17 @@ def _prefix(owner: Any, name: str) -> str:
     return f"FINETUNE_{name}_" if owner.secret_ref is not None else ""
 
 
+def _resolve_composition(inference: Inference) -> CompositionConfig:
+    how = inference.composition or Composition()
+    adapters = tuple(
+        AdapterConfig(
+            each.name, each.source, each.revision or "", float(each.weight), _prefix(each, f"ADAPTER_{index}")
+        )
+        for index, each in enumerate(inference.adapters)
+    )
+    return CompositionConfig(adapters, how.method, how.rank or 0, float(how.density), how.seed)
+
+
 def _resolve_checkpoint(spec: FineTuneJobSpec) -> CheckpointConfig:
     checkpoint = spec.checkpoint
     best = checkpoint.retention.best
@@ -178,6 +194,7 @@ def resolve_secrets(spec: FineTuneJobSpec) -> dict[Phase, tuple[Mapping[str, Any
         each = (entry(source, f"DATASET_{index}") for index, source in enumerate(spec.dataset.sources))
         inputs = (*model, *(found for group in each for found in group))
     destinations = (entry(each, f"DESTINATION_{index}") for index, each in enumerate(spec.promotion.destinations))
+    adapters = (entry(each, f"ADAPTER_{index}") for index, each in enumerate(spec.inference.adapters))
     mirror = entry(spec.checkpoint.mirror, "MIRROR") if spec.checkpoint.mirror else ()
     tracking = spec.training.tracking
     trackers = [tracking.wandb, tracking.mlflow] if tracking else []
@@ -191,6 +208,7 @@ def resolve_secrets(spec: FineTuneJobSpec) -> dict[Phase, tuple[Mapping[str, Any
         Phase.PROMOTE: (),
         Phase.EVALUATE: model,
         Phase.PUBLISH: tuple(found for group in destinations for found in group),
+        Phase.COMPOSE: tuple(found for group in adapters for found in group),
         Phase.SERVE: (),
     }
 

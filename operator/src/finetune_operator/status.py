@@ -31,6 +31,7 @@ from .observed import Observed
 from .plan import Plan
 from .policies.exclusion import list_current
 from .steps import Finish, Situation, Step
+from .versions import is_composed, serving_version
 
 Wanted = dict[Type, tuple[str, str, str]]
 """Status, reason and message by type of condition."""
@@ -155,7 +156,7 @@ def _is_serving(plan: Plan, observed: Observed) -> bool:
     endpoint = observed.endpoint
     if endpoint is None or endpoint.holder_uid != plan.uid or not endpoint.is_ready:
         return False
-    return not plan.serving.version or endpoint.digest == plan.serving.version
+    return endpoint.digest == serving_version(plan, observed.record) and is_composed(plan, observed.record)
 
 
 def _storage(observed: Observed) -> Wanted:
@@ -230,6 +231,7 @@ _PHASE_CONDITIONS = {
     Phase.PROMOTE: Type.PROMOTED,
     Phase.EVALUATE: Type.EVALUATED,
     Phase.PUBLISH: Type.PROMOTED,
+    Phase.COMPOSE: Type.DEPLOYED,
     Phase.SERVE: Type.DEPLOYED,
 }
 

@@ -20,9 +20,10 @@ from tests.support.operator_parts import make_body, make_settings
 
 KEY = ("team-a", "support-7b")
 FAILING = ("support-7b-train-1",)
-EXPECTED_JOBS = ["inspect", "prepare", "train-1", "train-2", "promote", "evaluate", "publish", "smoke"]
+EXPECTED_JOBS = ["inspect", "prepare", "train-1", "train-2", "promote", "evaluate", "publish", "compose", "smoke"]
 SPEC = {
     "promotion": {"destinations": [{"destination": "s3://bucket/models"}]},
+    "inference": {"adapters": [{"name": "polite", "source": "s3://bucket/polite"}]},
     "resources": {"gpusPerNode": 0},
 }
 
@@ -75,7 +76,10 @@ def is_finished(api: MemoryApi) -> bool:
 
 def name_job(name: str) -> str:
     """Return the name of a Job without that of what it belongs to: a job, or a version of an endpoint."""
-    return "smoke" if name.endswith("-smoke") else name.removeprefix("support-7b-")
+    if name.endswith("-smoke"):
+        return "smoke"
+    short = name.removeprefix("support-7b-")
+    return "compose" if short.startswith("compose-") else short
 
 
 def summarise(api: MemoryApi) -> dict:
@@ -87,7 +91,7 @@ def summarise(api: MemoryApi) -> dict:
         "attempts": [(each["number"], each["reason"]) for each in status["attempts"]],
         "created": [name_job(name) for name in api.created],
         "objects": {kind: api.names(kind) for kind in ("jobs", "configmaps", "services", "deployments", "pods")},
-        "digest": status["serving"]["digest"],
+        "version": status["serving"]["version"],
     }
 
 

@@ -17,7 +17,7 @@ from finetune_operator.manifests.workspace import build_workspace_claim
 from finetune_operator.record import Attempt, Exclusion
 from tests.support.operator_parts import make_record, make_settings, make_test_plan
 
-PHASES = (Phase.INSPECT, Phase.PREPARE, Phase.PROMOTE, Phase.EVALUATE, Phase.PUBLISH)
+PHASES = (Phase.INSPECT, Phase.PREPARE, Phase.PROMOTE, Phase.EVALUATE, Phase.PUBLISH, Phase.COMPOSE)
 RECORD = make_record(Phase.INSPECT, Phase.PREPARE, Phase.TRAIN, Phase.PROMOTE)
 ADMINISTRATORS = {
     "proxies": {"httpsProxy": "http://proxy:3128", "noProxy": ".svc"},
@@ -37,6 +37,7 @@ def full_plan():
         placement={"preset": "aks-a100", "zones": ["eastus-1"], "topologyKey": "rack", "queueName": "team-a"},
         pod={"imagePullSecrets": [{"name": "registry"}], "labels": {"team": "a"}, "priorityClassName": "high"},
         promotion={"destinations": [{"destination": "s3://bucket/out", "secretRef": {"name": "out"}}]},
+        inference={"adapters": [{"name": "polite", "source": "s3://bucket/polite", "secretRef": {"name": "adapters"}}]},
     )
 
 
@@ -171,6 +172,7 @@ def test_no_user_secret_is_mounted_into_a_pod_that_does_not_need_it():
         Phase.PROMOTE: set(),
         Phase.EVALUATE: {"hub"},
         Phase.PUBLISH: {"out"},
+        Phase.COMPOSE: {"adapters"},
     }
 
 
@@ -193,7 +195,7 @@ def test_only_pods_with_gpus_are_sent_to_the_gpu_pool(preset):
     for job in all_jobs(plan):
         pod = job["spec"]["template"]["spec"]
         component = job["metadata"]["labels"]["finetune.dev/component"]
-        has_gpus = component in ("train", "evaluate")
+        has_gpus = component in ("train", "evaluate", "compose")
         keys = {each["key"] for each in requirements(pod)}
         assert "topology.kubernetes.io/zone" in keys, "every pod mounts the volume, so every pod is in its zone"
         assert (len(keys) > 1) == has_gpus

@@ -145,6 +145,12 @@ def test_secrets_are_read_by_the_phases_that_need_them_under_the_prefix_of_their
         promotion={"destinations": [{"destination": "s3://out/x", "secretRef": {"name": "out"}}]},
         training={"tracking": {"wandb": {"secretRef": {"name": "wandb"}}}},
         checkpoint={"mirror": {"destination": "s3://mirror/x", "secretRef": {"name": "mirror"}}},
+        inference={
+            "adapters": [
+                {"name": "brief", "source": "s3://a/brief"},
+                {"name": "polite", "source": "s3://a/polite", "secretRef": {"name": "polite"}},
+            ]
+        },
     )
     prefixes = {
         phase: [(each.get("prefix"), each["secretRef"]["name"]) for each in plan.env_from[phase]] for phase in Phase
@@ -157,6 +163,7 @@ def test_secrets_are_read_by_the_phases_that_need_them_under_the_prefix_of_their
         Phase.PROMOTE: [],
         Phase.EVALUATE: inputs[:1],
         Phase.PUBLISH: [("FINETUNE_DESTINATION_0_", "out")],
+        Phase.COMPOSE: [("FINETUNE_ADAPTER_1_", "polite")],
         Phase.SERVE: [],
     }
     assert [each.secret_prefix for each in plan.run.dataset.sources] == [

@@ -92,7 +92,7 @@ def test_everything_on_a_lost_workspace_is_made_again_and_no_restart_is_counted(
     assert (found["state"], found["has_claim"]) == ("Succeeded", True)
     assert [reason for _, reason in found["attempts"]] == attempts
     assert found["restarts"][1] == 0
-    assert found["created"] == ["inspect", "prepare", *created, "promote", "evaluate", "publish", "smoke"]
+    assert found["created"] == ["inspect", "prepare", *created, "promote", "evaluate", "publish", "compose", "smoke"]
 
 
 def test_what_was_prepared_on_a_claim_that_has_been_replaced_since_is_prepared_again():

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from finetune_contract.reports import MAX_TERMINATION_BYTES, ExitReport
-from finetune_trainer.commands.evaluate import _shorten
+from finetune_trainer.commands.evaluate import shorten_scores
 from finetune_trainer.errors import TrainerError
 from finetune_trainer.evaluation.harness import _find_file, _numbers, expand_tasks, is_local, read_texts
 
@@ -35,7 +35,7 @@ def test_many_scores_are_cut_to_what_a_termination_message_holds_and_the_groups_
     parts = {f"mmlu_{number:02}_long_name_of_a_subject": {"acc": 1 / 3} for number in range(57)}
     scores = {"holdout": {"loss": 2.123456789}, "mmlu": {"acc": 0.2512345678}, **parts}
 
-    short = _shorten({"scores": scores, "baseline": scores})
+    short = shorten_scores({"scores": scores, "baseline": scores})
 
     report = ExitReport("evaluate", "Completed", "x" * 200, details=short)
     assert len(report.to_termination_message()) <= MAX_TERMINATION_BYTES

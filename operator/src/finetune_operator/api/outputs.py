@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from finetune_operator.api.adapters import ADAPTER_RULES, Adapter, Composition
 from finetune_operator.api.base import Model, Rule
 from finetune_operator.api.pods import PodTemplate, SecretRef
 from finetune_operator.api.scalars import DestinationUrl, DnsLabel
@@ -134,7 +135,7 @@ class Inference(Model):
     endpoint: DnsLabel | None = None
     """Name of the endpoint and its Service; by default the job's. A later job with the same endpoint takes it over."""
     version: Annotated[str, Field(min_length=1, max_length=128)] | None = None
-    """Digest of a promoted model to serve; by default the job's newest. Writing an earlier one goes back to it."""
+    """Version to serve, as in status.serving.version; by default the job's newest. Writing an earlier one goes back."""
     on_delete: Literal["Delete", "Retain"] = "Delete"
     """Whether the endpoint outlives the job."""
     runtime: Literal["vllm", "transformers"] | None = None
@@ -147,6 +148,11 @@ class Inference(Model):
     """Secret whose key INFERENCE_API_KEY requests must carry as Authorization: Bearer; by default none is asked for."""
     gpus_per_replica: Annotated[int, Field(ge=0, le=64)] | None = None
     """GPUs of each pod; by default 1 with vllm and 0 with transformers."""
+    adapters: Annotated[list[Adapter], Field(max_length=8)] = []
+    """LoRA adapters over the promoted model. They are composed into one and measured, by a pod with the settings of
+    evaluation.pod, and served when the composition passes evaluation.gates; what is served until then stays."""
+    composition: Composition | None = None
+    """How several adapters become one; by default exactly."""
     pod: PodTemplate | None = None
     """Settings of the endpoint's pods, merged over spec.pod."""
 
@@ -157,6 +163,7 @@ class Inference(Model):
             lambda inference: inference.runtime != "vllm" or inference.gpus_per_replica != 0,
             field="gpusPerReplica",
         ),
+        *ADAPTER_RULES,
     )
 
 

@@ -262,8 +262,14 @@ class ServingStatus(StatusModel):
     """URL inside the cluster."""
     model: StatusText | None = None
     """Name to put into requests as `model`."""
+    version: StatusText | None = None
+    """What it serves, as spec.inference.version takes it: the model's digest, with adapters also their profile's."""
     digest: StatusText | None = None
     """Digest of the model that it serves."""
+    profile: StatusText | None = None
+    """Digest of the profile of the adapters that it serves over the model."""
+    adapters: Annotated[list[StatusText], Field(max_length=9)] = []
+    """Names of these adapters; `own` is that of a LoRA job."""
     time_to_first_token_seconds: Seconds | None = None
     """Time from a request to the first token of its answer, as the smoke prompt measured it before this version took
     traffic."""

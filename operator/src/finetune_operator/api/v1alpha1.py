@@ -98,6 +98,11 @@ def _has_tasks_for_contamination(spec: FineTuneJobSpec) -> bool:
     return quality is None or quality.contamination is None or bool(spec.evaluation.tasks)
 
 
+def _can_measure_adapters(spec: FineTuneJobSpec) -> bool:
+    has_rows = spec.evaluation.holdout and spec.dataset.holdout_fraction > 0
+    return not spec.inference.adapters or has_rows or bool(spec.evaluation.tasks)
+
+
 class FineTuneJobSpec(Model):
     """What the user asks for."""
 
@@ -172,6 +177,15 @@ class FineTuneJobSpec(Model):
             "contamination is looked for with the texts of evaluation.tasks: name a task there, or leave this out",
             _has_tasks_for_contamination,
             field="dataset.quality.contamination",
+        ),
+        Rule(
+            "!has(self.inference.adapters) || size(self.inference.adapters) == 0"
+            " || (has(self.evaluation.tasks) && size(self.evaluation.tasks) > 0)"
+            " || (self.evaluation.holdout && self.dataset.holdoutFraction > 0.0)",
+            "a composition is measured before it is served: set evaluation.holdout with a holdoutFraction above 0, or "
+            "name evaluation.tasks",
+            _can_measure_adapters,
+            field="inference.adapters",
         ),
     )
 

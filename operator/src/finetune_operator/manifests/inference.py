@@ -17,12 +17,20 @@ from typing import Any
 
 from finetune_contract import environment, smoke_prompt
 from finetune_contract.reports import Phase
-from finetune_contract.run_config import DatasetConfig, PromotionConfig, RunConfig, Source
+from finetune_contract.run_config import (
+    BASE_SUFFIX,
+    CompositionConfig,
+    DatasetConfig,
+    PromotionConfig,
+    RunConfig,
+    Source,
+)
 from finetune_contract.workspace import Workspace
 from finetune_operator import naming
 from finetune_operator.placement import stay_together
 from finetune_operator.plan import AutoscalingPlan, Plan
 from finetune_operator.record import Record
+from finetune_operator.versions import find_served, serving_version, split_version
 
 from .common import CONFIG_MOUNT, Container, build_labels, build_metadata, build_pod_spec
 from .run_config import build_run_config, build_run_config_map
@@ -37,6 +45,8 @@ DRAIN_SECONDS = 60
 UNHURRIED_SECONDS = 5
 """Between being taken off the Service and stopping: until then requests may still arrive."""
 SCRIPT = "smoke_prompt.py"
+LARGEST_RANK = 512
+"""Of what vLLM accepts, where the rank of a composition is not known: it was made by another job."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,11 +60,6 @@ class Served:
     objects: tuple[dict[str, Any], ...]
 
 
-def serving_digest(plan: Plan, record: Record) -> str:
-    """Return the digest of the model that the endpoint is to serve."""
-    return plan.serving.version or str(record.details(Phase.PROMOTE).get("digest") or "")
-
-
 def choose_start_seconds(plan: Plan, record: Record) -> int:
     """Return how long a server may take until it answers: as long as its model takes to read, and its runtime."""
     promoted = int(record.details(Phase.PROMOTE).get("bytes") or 0)
@@ -64,9 +69,10 @@ def choose_start_seconds(plan: Plan, record: Record) -> int:
 
 def build_served(plan: Plan, record: Record, *, is_on_one_node: bool = False) -> Served:
     """Return the version that the plan asks for. `is_on_one_node`: no second node can mount the workspace."""
-    digest = serving_digest(plan, record)
+    digest = serving_version(plan, record)
     run = _prune(_reduce(build_run_config(plan, record), digest))
-    pod = _build_pod(plan, digest, choose_start_seconds(plan, record), is_on_one_node=is_on_one_node)
+    start_seconds = choose_start_seconds(plan, record)
+    pod = _build_pod(plan, _list_vllm_args(plan, record, digest), start_seconds, is_on_one_node=is_on_one_node)
     settings = plan.pods[Phase.SERVE]
     identity = {
         "job": plan.uid,
@@ -88,13 +94,15 @@ def build_served(plan: Plan, record: Record, *, is_on_one_node: bool = False) ->
 
 def _reduce(run: RunConfig, digest: str) -> RunConfig:
     """Keep what a server reads: another gate or retention makes no other version."""
+    model, profile = split_version(digest)
     return RunConfig(
         model=Source(run.model.source),
         dataset=DatasetConfig(sources=()),
         job=run.job,
         workspace=run.workspace,
         trust_remote_code=run.trust_remote_code,
-        promotion=PromotionConfig(digest=digest),
+        promotion=PromotionConfig(digest=model),
+        composition=CompositionConfig(digest=profile),
         serving=run.serving,
     )
 
@@ -161,7 +169,31 @@ def _label_workspace(plan: Plan) -> dict[str, str]:
     return {naming.LABEL_WORKSPACE: naming.short_digest(plan.workspace.claim)}
 
 
-def _build_pod(plan: Plan, digest: str, start_seconds: int, *, is_on_one_node: bool) -> dict[str, Any]:
+def _list_vllm_args(plan: Plan, record: Record, version: str) -> list[str]:
+    """Return how vLLM is started. A version's name in requests is the endpoint's, with adapters or without."""
+    model, profile = split_version(version)
+    name, workspace = plan.names.endpoint, Workspace()
+    promoted = str(workspace.promoted_model(model))
+    parallel = f"--tensor-parallel-size={max(1, plan.serving.gpus)}"
+    if not profile:
+        return [promoted, f"--served-model-name={name}", f"--port={PORT}", parallel]
+    composed = find_served(record, version)
+    served = str(workspace.root / str(composed["model"])) if composed.get("model") else promoted
+    return [
+        served,
+        f"--served-model-name={name}{BASE_SUFFIX}",
+        f"--port={PORT}",
+        parallel,
+        # The chat template is the promoted model's, also over the base of a LoRA job.
+        *([f"--tokenizer={promoted}", f"--generation-config={promoted}"] if served != promoted else ()),
+        "--enable-lora",
+        f"--max-lora-rank={composed.get('rank') or LARGEST_RANK}",
+        "--lora-modules",
+        f"{name}={workspace.composed_adapter(profile)}",
+    ]
+
+
+def _build_pod(plan: Plan, vllm_args: list[str], start_seconds: int, *, is_on_one_node: bool) -> dict[str, Any]:
     container = Container(
         phase=Phase.SERVE,
         config_map="",
@@ -180,12 +212,7 @@ def _build_pod(plan: Plan, digest: str, start_seconds: int, *, is_on_one_node: b
     # The trainer's server answers /health with a completion; of vLLM one is asked for before a pod counts.
     started, stop, period = health, {"sleep": {"seconds": UNHURRIED_SECONDS}}, 1
     if plan.serving.runtime == "vllm":
-        server["args"] = [
-            str(Workspace().promoted_model(digest)),
-            f"--served-model-name={plan.names.endpoint}",
-            f"--port={PORT}",
-            f"--tensor-parallel-size={max(1, plan.serving.gpus)}",
-        ]
+        server["args"] = vllm_args
         url = f"--url=http://127.0.0.1:{PORT}"
         period = 2
         started = _run_script("check", url, f"--model={plan.names.endpoint}")

@@ -1,4 +1,4 @@
-"""Jobs of the phases that run once: inspect, prepare, promote, evaluate, publish.
+"""Jobs of the phases that run once: inspect, prepare, promote, evaluate, publish; and compose, once per request.
 
 Kubernetes retries them by itself, with its own backoff, as long as the exit code says that another try may help.
 """
@@ -36,9 +36,11 @@ BYTES_PER_PARAMETER_PROMOTED = 4
 """Memory to put a model together from its checkpoint."""
 
 
-def build_phase(plan: Plan, phase: Phase, record: Record, progress_ca: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the ConfigMap and the Job of a phase."""
-    name = plan.names.phase_job(phase)
+def build_phase(
+    plan: Plan, phase: Phase, record: Record, progress_ca: str, name: str = ""
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the ConfigMap and the Job of a phase; `name` for one that runs more than once."""
+    name = name or plan.names.phase_job(phase)
     run = build_run_config(plan, record)
     if record.has_done(Phase.TRAIN):
         run = dataclasses.replace(run, history=build_history(plan, record))
@@ -73,7 +75,7 @@ def _container(plan: Plan, phase: Phase, record: Record, config_map: str) -> Con
     limits = dict(plan.preparation_resources.get("limits", {}))
     parameters = int(record.details(Phase.INSPECT).get("model_parameters") or 0)
     gpus, shared = 0, ""
-    if phase is Phase.EVALUATE:
+    if phase in (Phase.EVALUATE, Phase.COMPOSE):
         gpus = choose_gpus_to_evaluate(parameters, plan.resources.gpus)
         shared = plan.resources.shared_memory
         written = {"cpu": plan.resources.cpu, "memory": plan.resources.memory}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 
+from finetune_contract.reports import Phase
 from finetune_operator import naming
 from finetune_operator.observed import Observed
 from finetune_operator.plan import Plan
@@ -21,12 +22,13 @@ def next_cleanup(plan: Plan, terminal: Terminal) -> datetime.datetime | None:
 
 def list_finished_children(plan: Plan, observed: Observed) -> tuple[Reference, ...]:
     """Return what a finished job no longer needs. The record, the plan and what is served are not in it."""
-    kept = {plan.names.plan_map, plan.names.record_map}
+    composing = {job.name for job in observed.jobs if job.component == Phase.COMPOSE and not job.is_succeeded}
+    kept = {plan.names.plan_map, plan.names.record_map, *composing}
     jobs = tuple(
         Reference("batch/v1", "Job", job.name, job.uid)
         for job in observed.jobs
-        # A job that has finished may still go over to another version, and asks it the smoke prompt.
-        if not job.is_deleting and job.component != naming.SMOKE
+        # A job that has finished may still go over to another version: it composes, and asks the smoke prompt.
+        if not job.is_deleting and job.component != naming.SMOKE and job.name not in composing
     )
     maps = tuple(Reference("v1", "ConfigMap", name) for name in observed.config_maps if name not in kept)
     others = tuple(Reference(*child) for child in observed.other_children)

@@ -155,11 +155,9 @@ def _read_rows(run: RunConfig) -> Any:
     )
 
 
-def find_served(run: RunConfig) -> tuple[pathlib.Path, pathlib.Path | None]:
-    """Return the folders of the model and of the composed adapter that the settings name. Raises TrainerError."""
+def find_served(run: RunConfig) -> tuple[pathlib.Path, pathlib.Path]:
+    """Return the folders of the composed adapter that the settings name, the model's first. Raises TrainerError."""
     promoted_folder = find_promoted(run)
-    if not run.composition.digest:
-        return promoted_folder, None
     folder = Workspace(pathlib.Path(run.workspace)).composed_adapter(run.composition.digest)
     profile, results = read_profile(folder / PROFILE)
     if results.get("digest") != read_adapter(folder, str(folder)).digest or profile.digest != run.composition.digest:

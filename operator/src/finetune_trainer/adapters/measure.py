@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import tempfile
 from typing import TYPE_CHECKING, Any
 
@@ -154,9 +155,7 @@ def load_sides(
     """Load the base in 16 bits, as it is served, and put the adapters on it."""
     import torch
 
-    loaded: Any = modeling.load_model(model, "auto", trust)
-    if loaded.dtype == torch.float32:
-        loaded = loaded.to(torch.bfloat16)
+    loaded = modeling.load_served_model(model, trust)
     return Sides(loaded.to("cuda" if torch.cuda.is_available() else "cpu"), composed, profile, parts)
 
 
@@ -168,7 +167,7 @@ def measure(sides: Sides, tokenizer: Any, rows: TokenizedRows | None, tasks: Tas
     if rows is not None:
         losses, drift = _measure_rows(sides, rows, modeling.choose_pad_token(tokenizer))
         for side, loss in losses.items():
-            scores[side][HOLDOUT] = {"loss": loss.value}
+            scores[side][HOLDOUT] = {"loss": loss.value, "perplexity": math.exp(min(loss.value, 700.0))}
             errors[side][HOLDOUT] = {"loss": loss.error}
     for side in sides.names if tasks.names else ():
         with sides.acting(side) as model:

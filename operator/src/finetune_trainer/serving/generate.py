@@ -5,6 +5,7 @@ One greedy answer is the reference for what a server answers; batches are for fi
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import pathlib
 from collections.abc import Sequence
@@ -88,15 +89,38 @@ class Generator(Answerer):
     """A model in a folder that answers conversations."""
 
     def __init__(
-        self, folder: pathlib.Path, adapter: pathlib.Path | None = None, *, trust_remote_code: bool = False
+        self,
+        folder: pathlib.Path,
+        adapter: pathlib.Path | None = None,
+        *,
+        trust_remote_code: bool = False,
+        promoted: pathlib.Path | None = None,
     ) -> None:
-        import torch
+        """Load the model of `folder`, with an adapter merged into it.
 
-        tokenizer = modeling.load_tokenizer(folder, trust_remote_code)
-        model: Any = modeling.load_model(folder, "auto", trust_remote_code)
+        `promoted`: the folder whose tokenizer, template and generation settings stand for those of `folder`.
+        """
+        import torch
+        from transformers import GenerationConfig
+
+        tokenizer = modeling.load_tokenizer(promoted or folder, trust_remote_code)
+        if promoted is None:
+            model: Any = modeling.load_model(folder, "auto", trust_remote_code)
+        else:
+            model = modeling.load_served_model(folder, trust_remote_code)
+            model.generation_config = GenerationConfig.from_pretrained(promoted)
+            model.config.use_cache = True
         if adapter is not None:
-            model = _add_adapter(model, adapter)
+            model = _add_adapter(model, adapter).merge_and_unload()
         super().__init__(model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer)
+
+    def share_with_adapter(self, adapter: pathlib.Path) -> Generator:
+        """Return a generator with an adapter on the very same weights; both may answer at the same time."""
+        weights = (*self.model.parameters(), *self.model.buffers())
+        other = copy.copy(self)
+        model = copy.deepcopy(self.model, {id(weight): weight for weight in weights})
+        other.model = _add_adapter(model, adapter).get_base_model().eval()
+        return other
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """Return the prompt's tokens, through the chat template that the promoted tokenizer carries."""
@@ -119,7 +143,7 @@ def _add_adapter(model: Any, adapter: pathlib.Path) -> Any:
     from peft import PeftModel
 
     try:
-        return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+        return PeftModel.from_pretrained(model, str(adapter))
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise TrainerError(

@@ -1,8 +1,9 @@
 """`transformers serve` pinned to one model: its handlers, generation and OpenAI schema, without its model loading.
 
 The stock program loads whatever model a request names, lists the machine's download cache as its models, and can be
-told to unload by anyone (`/load_model`, `/reset`). Here one loaded model answers under one name, everything else is
-refused, and `/health` is good only while a real completion works.
+told to unload by anyone (`/load_model`, `/reset`). Here one loaded model answers under one name, and where it carries
+adapters, also without them under another; everything else is refused, and `/health` is good only while a real
+completion works.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 import time
 from typing import TYPE_CHECKING, Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, HTTPException
 from fastapi.responses import JSONResponse
 from transformers import GenerationConfig
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
@@ -27,6 +28,8 @@ from finetune_trainer.serving.generate import Generator
 from finetune_trainer.training import modeling
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 DIGEST_HEADER = b"x-model-digest"
@@ -41,34 +44,63 @@ PROBE_SECONDS = 60.0
 PROBE_TIMEOUT_SECONDS = 20.0
 
 
-class PinnedModel(ModelManager):  # type: ignore[misc]
-    """A model manager that holds one model for good."""
+class PinnedModels(ModelManager):  # type: ignore[misc]
+    """A model manager that holds its models for good."""
 
-    def __init__(self, name: str, generator: Generator) -> None:
-        super().__init__(device=str(generator.model.device))
-        self.force_model = name
+    def __init__(self, generators: Mapping[str, Generator]) -> None:
+        first = next(iter(generators))
+        super().__init__(device=str(generators[first].model.device))
+        self.force_model = first
+        """What answers a request that names no model."""
         self.model_timeout = -1
-        self._model = generator.model
-        self._tokenizer = generator.tokenizer
+        self._generators = dict(generators)
         self._created = int(time.time())
-        _bound_answers(generator.model)
+        for generator in generators.values():
+            _bound_answers(generator.model)
+
+    def has_model(self, name: str) -> bool:
+        """Return whether a model answers under this name."""
+        return name in self._generators
 
     @staticmethod
     def process_model_name(model_id: str) -> str:
         """Keep the name as it is: there are no revisions here."""
         return model_id
 
-    def load_model_and_processor(self, *_args: Any, **_options: Any) -> tuple[Any, Any]:
-        """Return the one model."""
-        return self._model, self._tokenizer
+    def load_model_and_processor(self, model_id: str, *_args: Any, **_options: Any) -> tuple[Any, Any]:
+        """Return a model."""
+        generator = self._generators[model_id]
+        return generator.model, generator.tokenizer
 
     def get_gen_models(self, cache_dir: str | None = None) -> list[dict[str, Any]]:
-        """List the one model."""
-        entry = {"id": self.force_model, "object": "model", "created": self._created, "owned_by": "finetune-operator"}
-        return [entry]
+        """List the models."""
+        facts = {"object": "model", "created": self._created, "owned_by": "finetune-operator"}
+        return [{"id": name, **facts} for name in self._generators]
 
     def shutdown(self) -> None:
         """Keep the model until the process ends."""
+
+
+class _Resolving:
+    """Finds the model of a request; the stock handlers know a single one."""
+
+    model_manager: PinnedModels
+
+    def _resolve_model(self, body: dict[str, Any]) -> tuple[str, Any, Any]:
+        name = body.get("model") or self.model_manager.force_model
+        if not self.model_manager.has_model(name):
+            known = ", ".join(entry["id"] for entry in self.model_manager.get_gen_models())
+            raise HTTPException(400, f"there is no model {name!r} here: use one of {known}")
+        body["model"] = name
+        return (name, *self.model_manager.load_model_and_processor(name))
+
+
+class _Chat(_Resolving, ChatCompletionHandler):  # type: ignore[misc]
+    pass
+
+
+class _Completion(_Resolving, CompletionHandler):  # type: ignore[misc]
+    pass
 
 
 def _bound_answers(model: Any) -> None:
@@ -140,21 +172,25 @@ class Gate:
         return hmac.compare_digest(given, self._key)
 
 
-def build_app(name: str, generator: Generator, digest: str = "", key: str = "") -> FastAPI:
-    """Return the application that answers for one model; with a key only those who know it."""
-    pinned = PinnedModel(name, generator)
+def build_app(generators: Mapping[str, Generator], digest: str = "", key: str = "") -> FastAPI:
+    """Return the application that answers for models by name; with a key only those who know it.
+
+    The first one answers where a request names none, and stands for the health of all: they share their weights.
+    """
+    name = next(iter(generators))
+    pinned = PinnedModels(generators)
     state = GenerationState()
     app = build_server(
         pinned,
-        ChatCompletionHandler(model_manager=pinned, generation_state=state),
-        completion_handler=CompletionHandler(model_manager=pinned, generation_state=state),
+        _Chat(model_manager=pinned, generation_state=state),
+        completion_handler=_Completion(model_manager=pinned, generation_state=state),
         response_handler=None,
         transcription_handler=None,
         systemone_handler=None,
         generation_state=state,
     )
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", "") in PATHS]
-    health = Health(generator, state, name)
+    health = Health(generators[name], state, name)
 
     @app.get("/health")
     async def read_health() -> JSONResponse:
@@ -165,12 +201,12 @@ def build_app(name: str, generator: Generator, digest: str = "", key: str = "") 
     return app
 
 
-def serve(name: str, generator: Generator, port: int, digest: str = "") -> None:
+def serve(generators: Mapping[str, Generator], port: int, digest: str = "") -> None:
     """Answer requests until SIGTERM; requests in flight are finished."""
     import uvicorn
 
     uvicorn.run(
-        build_app(name, generator, digest, os.environ.get(API_KEY, "")),
+        build_app(generators, digest, os.environ.get(API_KEY, "")),
         host="0.0.0.0",
         port=port,
         log_level="warning",

@@ -101,6 +101,14 @@ def load_model(
     return model
 
 
+def load_served_model(folder: pathlib.Path, trust_remote_code: bool = False) -> Any:
+    """Load a model as it is served: in 16 bits, those of the folder where it has them."""
+    import torch
+
+    model = load_model(folder, "auto", trust_remote_code)
+    return model.to(torch.bfloat16) if model.dtype == torch.float32 else model
+
+
 def build_empty_model(folder: pathlib.Path, dtype: str, trust_remote_code: bool = False) -> Any:
     """Return the model that a folder's configuration describes, without memory for its weights."""
     import torch
