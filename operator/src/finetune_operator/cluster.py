@@ -18,7 +18,8 @@ from . import naming, record
 from .connection import APPLY_TYPE, MERGE_TYPE, Connection
 from .errors import ClusterUnavailableError, ConflictError, RefusedError, redact
 from .manifests.memory import build_record_map
-from .observed import Claim, Job, Observed, Pod, view_claim, view_endpoint, view_job, view_pod, view_version
+from .observed import Claim, Job, Observed, Pod, view_claim, view_job, view_pod
+from .observed_endpoint import view_endpoint, view_version
 from .plan import FROZEN_KEY, Plan
 from .record import Record, read_record
 from .steps import Apply, Create, Finish, Object, Reference, Remove, Scale, SetFinalizer, Step, Wait, WriteRecord

@@ -90,6 +90,7 @@ class Reason(enum.StrEnum):
     ENDPOINT_TAKEN = "EndpointTaken"
     ENDPOINT_UNHEALTHY = "EndpointUnhealthy"
     SMOKE_PROMPT_FAILED = "SmokePromptFailed"
+    MODEL_TOO_LARGE = "ModelTooLarge"
     VERSION_REFUSED = "VersionRefused"
     TAKEN_OVER = "TakenOver"
     SUCCEEDED = "Succeeded"

@@ -16,16 +16,14 @@ from . import naming
 from .composing import next_composition_step
 from .conditions import Reason, Type
 from .manifests.inference import (
-    Served,
-    build_companions,
-    build_served,
     build_service,
     build_smoke_job,
     choose_start_seconds,
 )
 from .naming import Names
-from .observed import Endpoint, Job, Observed, Pod, Version
+from .observed import Endpoint, Job, Observed, Pod
 from .policies.blockers import find_pod_blocker
+from .policies.serving import explain_crash, find_oversize
 from .record import Terminal, to_text
 from .steps import (
     Apply,
@@ -41,6 +39,16 @@ from .steps import (
     Wait,
     WriteRecord,
 )
+from .targets import (
+    Target,
+    choose_target,
+    is_holder,
+    is_on_one_node,
+    list_companions,
+    list_endpoint,
+    list_objects,
+    list_owned,
+)
 from .versions import serving_version
 from .view import View, block
 
@@ -50,61 +58,10 @@ PROVING_SECONDS = 30
 """How long a version must have had the traffic before the one before it goes."""
 KEPT_VERSIONS = 3
 """Versions without pods that an endpoint keeps to go back to."""
-COMPANIONS = (
-    ("v1", "Service"),
-    ("networking.k8s.io/v1", "NetworkPolicy"),
-    ("policy/v1", "PodDisruptionBudget"),
-    ("autoscaling/v2", "HorizontalPodAutoscaler"),
-)
-"""What goes with the pods of a version, under the same name."""
-
-
 _EXPLAIN_ONE_NODE = (
     "; the workspace is ReadWriteOnce: every replica and every new version runs on the node that holds it: write fewer "
     "inference.replicas, or use a workspace with accessMode: ReadWriteMany"
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """The version that is to be live."""
-
-    served: Served
-    found: Version | None
-    """Its Deployment, as it is."""
-    is_ours: bool = True
-    """It is built from the plan; else it is one that stayed from earlier, and is taken as it is."""
-
-
-def choose_target(view: View) -> Target:
-    """Return the version that is to be live: of an earlier digest the very pods that served it, if they are known."""
-    plan, observed = view.plan, view.observed
-    served = build_served(plan, view.record, is_on_one_node=_is_on_one_node(view))
-    found = observed.version(served.label)
-    # Another job's model lies on another workspace: only the pods that it was served by can reach it.
-    others = [each for each in observed.versions if each.digest == served.digest and _is_elsewhere(view, each)]
-    if found is not None or not plan.serving.version or not others:
-        return Target(served, found)
-    newest = max(others, key=lambda each: str(each.created_at or ""))
-    objects = build_companions(plan, newest.label, newest.digest)
-    return Target(Served(newest.label, newest.name, newest.digest, objects), newest, is_ours=False)
-
-
-def _is_on_one_node(view: View) -> bool:
-    """Can only one node mount the workspace? What the claim says counts; before there is one, what it is to be."""
-    claim = view.observed.claim
-    modes = claim.access_modes if claim is not None and claim.access_modes else (view.plan.workspace.access_mode,)
-    return not {"ReadWriteMany", "ReadOnlyMany"} & set(modes)
-
-
-def _is_elsewhere(view: View, version: Version) -> bool:
-    workspace = view.plan.workspace
-    return version.label != naming.FIRST_VERSION and version.workspace != (workspace.claim, workspace.sub_path)
-
-
-def is_holder(observed: Observed, uid: str) -> bool:
-    """Does the job with this UID hold the endpoint?"""
-    return observed.endpoint is not None and observed.endpoint.holder_uid == uid
 
 
 def next_endpoint_step(view: View) -> Step | None:
@@ -148,6 +105,10 @@ def _next_before_live(view: View, target: Target, endpoint: Endpoint) -> Step:
     plan, found = view.plan, target.found
     if endpoint.refused == target.served.label and is_holder(view.observed, plan.uid):
         return Wait(_describe_refused(view, target))
+    oversize = find_oversize(plan, view.record) if target.is_ours else ""
+    if oversize:
+        situation = dataclasses.replace(DEPLOYING, reason=Reason.MODEL_TOO_LARGE, is_stalled=True)
+        return Wait(dataclasses.replace(situation, message=f"{oversize}{_tell_live(view)}"))
     if found is None:
         return Apply(target.served.objects, DEPLOYING)
     scaling = _next_scaling(view, target)
@@ -259,7 +220,7 @@ def _retire_surplus(view: View, target: Target, endpoint: Endpoint) -> Step | No
             return Remove((Reference("apps/v1", "Deployment", version.name, version.uid), maps), DEPLOYING)
         if version.replicas:
             surplus = (
-                *_list_companions(version.name),
+                *list_companions(version.name),
                 Reference("batch/v1", "Job", plan.names.smoke_job(version.label)),
             )
             return Scale(version.name, 0, DEPLOYING, surplus=surplus)
@@ -274,17 +235,8 @@ def _is_proven(view: View, endpoint: Endpoint) -> bool:
 def _forget_oldest(view: View, kept: set[str]) -> Step | None:
     retired = [each for each in view.observed.versions if not (each.replicas or each.label in kept or each.is_deleting)]
     retired.sort(key=lambda each: str(each.created_at or ""))
-    references = [each for version in retired[:-KEPT_VERSIONS] for each in _list_objects(version)]
+    references = [each for version in retired[:-KEPT_VERSIONS] for each in list_objects(version)]
     return Remove(tuple(references), DEPLOYING) if references else None
-
-
-def _list_companions(name: str) -> tuple[Reference, ...]:
-    return tuple(Reference(api_version, kind, name) for api_version, kind in COMPANIONS)
-
-
-def _list_objects(version: Version) -> tuple[Reference, ...]:
-    deployment = Reference("apps/v1", "Deployment", version.name, version.uid)
-    return (deployment, *_list_companions(version.name), Reference("v1", "ConfigMap", version.name))
 
 
 def _describe(view: View, target: Target) -> Situation:
@@ -292,23 +244,13 @@ def _describe(view: View, target: Target) -> Situation:
     blocker = find_pod_blocker(view.plan, pods, view.observed.warnings, view.now)
     if blocker is not None:
         blocked = block(DEPLOYING, blocker)
-        way_out = _EXPLAIN_ONE_NODE if blocker.is_scheduling and _is_on_one_node(view) else ""
+        way_out = _EXPLAIN_ONE_NODE if blocker.is_scheduling and is_on_one_node(view) else ""
         return dataclasses.replace(blocked, message=f"{blocked.message}{way_out}{_tell_live(view)}")
     crashed = next((pod for pod in pods if pod.waiting_reason in CRASH_REASONS), None)
     if crashed is not None:
-        message = f"version {target.served.digest}: {_explain_crash(crashed)}{_tell_live(view)}"
+        message = f"version {target.served.digest}: {explain_crash(crashed)}{_tell_live(view)}"
         return dataclasses.replace(DEPLOYING, reason=Reason.ENDPOINT_UNHEALTHY, message=message, is_stalled=True)
     return DEPLOYING
-
-
-def _explain_crash(pod: Pod) -> str:
-    report = pod.last_exit.report if pod.last_exit is not None else None
-    told = f"pod {pod.name} crashes again and again"
-    if report is not None:
-        return f"{told}: {report.message}" + (f": {report.hint}" if report.hint else "")
-    if pod.last_exit is not None and pod.last_exit.reason == "OOMKilled":
-        return f"{told}: it is killed for memory: raise inference.pod.resources.limits.memory"
-    return f"{told}: see kubectl logs {pod.name} --previous"
 
 
 def _tell_live(view: View) -> str:
@@ -347,27 +289,6 @@ def _give_up(view: View) -> Step | None:
     if is_holder(observed, plan.uid) or list_owned(observed, plan.uid):
         return Remove(list_endpoint(plan.names, observed, plan.uid), DEPLOYING)
     return SetFinalizer(False, DEPLOYING) if observed.has_finalizer else None
-
-
-def list_owned(observed: Observed, uid: str) -> tuple[Version, ...]:
-    """Return the versions that a job made and that nobody needs without it: those that are not live."""
-    live = observed.endpoint.version if observed.endpoint is not None else ""
-    return tuple(
-        each for each in observed.versions if each.job_uid == uid and each.label != live and not each.is_deleting
-    )
-
-
-def list_endpoint(names: Names, observed: Observed, uid: str) -> tuple[Reference, ...]:
-    """Return what goes with a job: the endpoint, if it holds it, with every version; else its own versions alone."""
-    holds = is_holder(observed, uid)
-    versions = observed.versions if holds else list_owned(observed, uid)
-    references = [each for version in versions for each in _list_objects(version)]
-    if holds:
-        references += [
-            Reference("v1", "ConfigMap", names.first_serving_map),
-            Reference("v1", "Service", names.endpoint),
-        ]
-    return tuple(references)
 
 
 def list_kept(view: View) -> tuple[Object, ...]:
@@ -429,5 +350,5 @@ def next_deletion_step(names: Names, uid: str, is_retained: bool, observed: Obse
     # Of an endpoint that stays, the versions stay that may be gone back to; what was on its way to become one goes.
     own = [each for each in list_owned(observed, uid) if each.replicas or not is_holder(observed, uid)]
     if own:
-        return Remove(tuple(each for version in own for each in _list_objects(version)), situation)
+        return Remove(tuple(each for version in own for each in list_objects(version)), situation)
     return SetFinalizer(False, situation)

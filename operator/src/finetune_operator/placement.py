@@ -15,6 +15,7 @@ ZONE_KEY = "topology.kubernetes.io/zone"
 HOST_KEY = "kubernetes.io/hostname"
 INSTANCE_KEY = "node.kubernetes.io/instance-type"
 
+A100_BYTES = 80_000_000_000
 Requirement = Mapping[str, Any]
 """One entry of matchExpressions."""
 
@@ -27,6 +28,8 @@ class Preset:
     tolerations: tuple[Mapping[str, Any], ...]
     notice_seconds: int = 0
     """How long before it takes a node away the cloud says so; 0: it takes none."""
+    gpu_memory_bytes: int = A100_BYTES
+    """Memory of each GPU of the pool, of the largest where they differ."""
 
 
 def _one_of(key: str, *values: str) -> Requirement:

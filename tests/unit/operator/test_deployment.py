@@ -13,6 +13,7 @@ from finetune_operator.deployment import KEPT_VERSIONS, PROVING_SECONDS, next_de
 from finetune_operator.lifecycle import next_step
 from finetune_operator.manifests.inference import build_served, build_smoke_job
 from finetune_operator.observed import Claim, Endpoint, Job, PodCondition, Version
+from finetune_operator.policies.serving import explain_crash
 from finetune_operator.record import Terminal, to_text
 from finetune_operator.steps import Apply, Create, Finish, Remove, Scale, SetFinalizer, Wait
 from tests.support.kubelet import DETAILS
@@ -463,3 +464,35 @@ def test_a_release_with_more_settings_makes_no_other_version_and_older_images_ca
     assert set(json.loads(text)) == {"dataset", "job", "model", "promotion", "serving", "version"}
     run = RunConfig.from_json(text)
     assert (run.promotion.digest, run.serving.model_name, run.job.uid) == ("abc123", "support-7b", UID)
+
+
+def test_a_model_too_large_for_its_gpus_is_refused_with_the_numbers():
+    plan = make_test_plan(placement={"preset": "aks-a100"}, resources={"gpusPerNode": 4})
+    record = RECORD.with_phase("promote", {"digest": "abc123", "bytes": 141_000_000_000, "parameters": 70_500_000_000})
+    world = {"has_finalizer": True, "endpoint": make_endpoint(OTHER), "versions": (OTHER,)}
+    step = next_step(plan, make_observed(plan, record, **world), LATER)
+    assert (step.situation.reason, step.situation.is_stalled) == ("ModelTooLarge", True)
+    told = step.situation.message
+    for text in ("141 GB", "2.0 bytes for each of 70.5 billion", "80 GB", "72 GB", "at least 2", "still answers"):
+        assert text in told, told
+    enough = make_test_plan(
+        placement={"preset": "aks-a100"}, resources={"gpusPerNode": 4}, inference={"gpusPerReplica": 2}
+    )
+    assert isinstance(next_step(enough, make_observed(enough, record, **world), LATER), Apply)
+
+
+@pytest.mark.parametrize(
+    ("ended", "said"),
+    [
+        (None, "see kubectl logs"),
+        (make_exit(137, "OOMKilled"), "raise inference.pod.resources.limits.memory"),
+        (make_exit(1, message="x\ntorch.OutOfMemoryError: CUDA out of memory. Tried\n"), "inference.gpusPerReplica"),
+        (make_exit(1, message="Traceback\nValueError: no such flag\n\n"), "code 1: ValueError: no such flag"),
+        (
+            make_exit(66, report=make_report("serve", 66, "X", "a folder is damaged", hint="Promote again.")),
+            "Promote again",
+        ),
+    ],
+)
+def test_a_server_that_crashes_is_quoted(ended, said):
+    assert said in explain_crash(dataclasses.replace(make_pod(make_smoke_job("x")), last_exit=ended))

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from finetune_contract.reports import ExitReport
 from finetune_operator.errors import redact
-from finetune_operator.observed import view_claim, view_endpoint, view_job, view_pod, view_version
+from finetune_operator.observed import view_claim, view_job, view_pod
+from finetune_operator.observed_endpoint import view_endpoint, view_version
 from finetune_operator.record import MAX_ATTEMPTS, Attempt, Failure, Record, Terminal, read_record
 from finetune_operator.settings import SettingsError, read_settings
 
