@@ -1,7 +1,8 @@
 """From nothing to a served model: what `make demo` runs once the cluster and the images are there.
 
 Seeds an S3 bucket with real text and a tiny base model, installs the chart, applies crds/examples/demo.yaml, kills a
-training pod in the middle, follows the job to its endpoint, and checks what it claims. Exits 0 only if all of it holds.
+training pod in the middle, follows the job to its endpoint, and checks what it claims; then adds an adapter and follows
+the roll-out to a second version. Exits 0 only if all of it holds.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import botocore.config
 import botocore.exceptions
 import yaml
 
-from tests.demo import corpus, tiny_llama
+from tests.demo import corpus, second_version, tiny_llama
 from tests.demo.follow import Follower, JobFailedError
 from tests.demo.kubectl import Cluster, ClusterError
 
@@ -205,8 +206,8 @@ def check(condition: bool, promise: str) -> None:
         raise CheckFailedError(promise)
 
 
-def report(cluster: Cluster, namespace: str, job: dict[str, Any], killer: PodKiller) -> None:
-    """Print what the job and its endpoint say, and check each promise."""
+def report(cluster: Cluster, namespace: str, job: dict[str, Any], killer: PodKiller) -> str:
+    """Print what the job and its endpoint say, check each promise, and return the endpoint's answer."""
     status = job["status"]
     dataset, checkpoints, serving = status["dataset"], status["checkpoints"], status["serving"]
     tuned = status["evaluation"]["scores"]["holdout"]
@@ -249,6 +250,25 @@ def report(cluster: Cluster, namespace: str, job: dict[str, Any], killer: PodKil
     check(answer == promoted, "the endpoint's greedy answer equals `generate` on the promoted digest")
     original = generate(cluster, namespace, endpoint, "/workspace/models/base", "--prompt-template", "alpaca")
     check(answer != original, "and differs from the base model's")
+    return answer
+
+
+def roll_out(cluster: Cluster, storage: Storage, namespace: str, job: dict[str, Any], first_answer: str) -> None:
+    """Add an adapter to the finished job, and check what the endpoint answers then."""
+    first = job["status"]["serving"]
+    print(f"\nAdding the adapter {second_version.NAME} to spec.inference.adapters", flush=True)
+    second_version.add_adapter(cluster, namespace, job, make_s3_client(storage))
+    serving = second_version.follow_rollout(cluster, namespace, job["metadata"]["name"])["status"]["serving"]
+    endpoint = job["spec"].get("inference", {}).get("endpoint") or job["metadata"]["name"]
+    print(second_version.read_table(cluster, namespace, endpoint, serving["profile"]))
+    with cluster.forward(namespace, f"svc/{endpoint}", 80) as url:
+        answer, alone = (ask(url, model, PROMPT) for model in (serving["model"], f"{serving['model']}-base"))
+    print(f"  version     {first['version']}\n  answer      {first_answer!r}")
+    print(f"  version     {serving['version']}\n  answer      {answer!r}\n\nWhat that proves:")
+    check(serving["digest"] == first["digest"], "the second version is the same promoted model")
+    check(serving["version"] == f"{first['version']}.{serving['profile']}", "with a profile of adapters over it")
+    check(answer != first_answer, "it answers otherwise under the same name")
+    check(alone == first_answer, f"{serving['model']}-base still answers as the first version did")
 
 
 def run_demo(cluster: Cluster, storage: Storage, images: dict[str, str]) -> int:
@@ -265,7 +285,8 @@ def run_demo(cluster: Cluster, storage: Storage, images: dict[str, str]) -> int:
         follower = Follower(cluster, NAMESPACE, name, killer)
         killer.say = follower.say
         job = follower.follow(JOB_TIMEOUT_SECONDS)
-        report(cluster, NAMESPACE, job, killer)
+        answer = report(cluster, NAMESPACE, job, killer)
+        roll_out(cluster, storage, NAMESPACE, job, answer)
     except (ClusterError, JobFailedError, CheckFailedError) as error:
         print(f"\nThe demo failed: {error}", file=sys.stderr)
         return 1

@@ -124,7 +124,18 @@ def test_every_side_is_scored_on_tasks(model, adapters, data, tmp_path, capsys):
     assert "drift of the composition" in table
 
 
+def test_every_side_is_asked_what_it_refuses(model, adapters, data, tmp_path):
+    facts = run_measure(
+        model, data, tmp_path / "out", "--adapter", str(adapters["brief"]), "--refusals", "--limit", "2"
+    )
+    for side in ("base", "brief", "composition"):
+        assert set(facts["scores"][side]["refusals"]) == {
+            *("refusal_rate", "hedging_rate", "over_refusal_rate", "over_hedging_rate")
+        }
+    assert facts["scores"]["brief"]["refusals"] == facts["scores"]["composition"]["refusals"]
+
+
 def test_nothing_to_measure_on_is_refused(model, adapters, capsys):
     words = ("--adapter", str(adapters["brief"]), "--model", str(model))
     assert main(["adapters", "measure", *words]) == ExitCode.USAGE
-    assert "Add --data DIR with held-out rows, --task NAME" in capsys.readouterr().err
+    assert "Add --data DIR with held-out rows, --task NAME, --refusals" in capsys.readouterr().err

@@ -20,6 +20,8 @@ from finetune_trainer.adapters.profile import BASE, COMPOSITION, Profile
 from finetune_trainer.evaluation.compare import Difference, compare
 from finetune_trainer.evaluation.harness import Scores, score_tasks
 from finetune_trainer.evaluation.holdout import batch_rows, estimate_error
+from finetune_trainer.evaluation.refusal_rates import TASK as REFUSALS
+from finetune_trainer.evaluation.refusal_rates import measure_refusals
 from finetune_trainer.reporting import ProgressBar, emit
 from finetune_trainer.training import modeling
 from finetune_trainer.training.collate import Collator
@@ -120,6 +122,16 @@ class Tasks:
     """Where relative task files begin."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Questions:
+    """The prompts that show how often each side refuses what may be answered, and how they are rendered."""
+
+    template: str
+    """As in dataset.promptTemplate."""
+    limit: int = 0
+    """Prompts of each set; 0: all."""
+
+
 class Sides:
     """A model with the composition and its parts on it, of which one or none acts at a time."""
 
@@ -159,8 +171,10 @@ def load_sides(
     return Sides(loaded.to("cuda" if torch.cuda.is_available() else "cpu"), composed, profile, parts)
 
 
-def measure(sides: Sides, tokenizer: Any, rows: TokenizedRows | None, tasks: Tasks) -> Measurement:
-    """Measure every side on held-out rows and tasks."""
+def measure(
+    sides: Sides, tokenizer: Any, rows: TokenizedRows | None, tasks: Tasks, questions: Questions | None = None
+) -> Measurement:
+    """Measure every side on held-out rows and tasks, and on what it refuses."""
     scores: dict[str, Scores] = {side: {} for side in sides.names}
     errors: dict[str, Scores] = {side: {} for side in sides.names}
     drift: dict[str, Drift] = {}
@@ -169,6 +183,12 @@ def measure(sides: Sides, tokenizer: Any, rows: TokenizedRows | None, tasks: Tas
         for side, loss in losses.items():
             scores[side][HOLDOUT] = {"loss": loss.value, "perplexity": math.exp(min(loss.value, 700.0))}
             errors[side][HOLDOUT] = {"loss": loss.error}
+    for side in sides.names if questions is not None else ():
+        assert questions is not None
+        with sides.acting(side) as model:
+            emit("questions begin", side=side)
+            rates = measure_refusals(model, tokenizer, questions.template, questions.limit)
+        scores[side][REFUSALS], errors[side][REFUSALS] = rates.scores, rates.errors
     for side in sides.names if tasks.names else ():
         with sides.acting(side) as model:
             emit("tasks begin", side=side, tasks=len(tasks.names))

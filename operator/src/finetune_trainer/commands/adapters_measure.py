@@ -38,14 +38,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--max-length", type=int, default=MAX_LENGTH, metavar="N", help="longest row, in tokens")
     parser.add_argument("--task", metavar="NAME", action="append", default=[], help="lm-eval task; may be repeated")
-    parser.add_argument("--limit", type=int, default=0, metavar="N", help="examples per task (default: all)")
+    parser.add_argument(
+        "--refusals", action="store_true", help="also ask what may be answered, and count who refuses or hedges"
+    )
+    parser.add_argument(
+        "--limit", type=int, default=0, metavar="N", help="examples per task, and prompts per set (default: all)"
+    )
     parser.add_argument("--out", metavar="DIR", type=pathlib.Path, help="folder for composition and measurement; new")
 
 
 def run(args: argparse.Namespace, profile: Profile, parts: list[Part], expected: str) -> dict[str, Any]:
     """Compose where nothing is composed yet, measure, and return what `measurement.json` says."""
-    if args.data is None and not args.task:
-        raise _usage("nothing to measure on", "Add --data DIR with held-out rows, --task NAME, or both.")
+    if args.data is None and not args.task and not args.refusals:
+        raise _usage("nothing to measure on", "Add --data DIR with held-out rows, --task NAME, --refusals, or several.")
     if any(not name.endswith((".yaml", ".yml")) for name in args.task):
         # Named tasks read their data from the hub or its cache.
         os.environ.setdefault("HF_HUB_OFFLINE", "0")
@@ -61,7 +66,8 @@ def run(args: argparse.Namespace, profile: Profile, parts: list[Part], expected:
     with _composed(args, profile, parts, expected) as folder:
         sides = measuring.load_sides(args.model, folder, profile, parts)
         tasks = measuring.Tasks(args.task, args.limit, pathlib.Path())
-        measurement = measuring.measure(sides, tokenizer, rows, tasks)
+        questions = measuring.Questions(_choose_template(args, tokenizer), args.limit) if args.refusals else None
+        measurement = measuring.measure(sides, tokenizer, rows, tasks, questions)
         facts = measurement.to_dict(profile, read_adapter(folder).digest)
         write_json(folder / measuring.NAME, facts)
     print(json.dumps(facts) if args.json else measuring.format_table(measurement))
@@ -90,14 +96,20 @@ def _composed(args: argparse.Namespace, profile: Profile, parts: list[Part], exp
             yield pathlib.Path(folder) / "composed"
 
 
-def _read_rows(args: argparse.Namespace, tokenizer: Any) -> TokenizedRows:
+def _choose_template(args: argparse.Namespace, tokenizer: Any) -> str:
     from finetune_trainer.data.prompts import TOKENIZER_TEMPLATE
-    from finetune_trainer.training import modeling, tokens
 
-    template = args.prompt_template or TOKENIZER_TEMPLATE
+    template: str = args.prompt_template or TOKENIZER_TEMPLATE
     if template == TOKENIZER_TEMPLATE and not tokenizer.chat_template:
         message = f"--model {args.model}: the tokenizer has no chat template, so the prompt's form is unknown"
         raise _usage(message, "Name the rows' prompt: --prompt-template alpaca, wizardlm or vicuna.")
+    return template
+
+
+def _read_rows(args: argparse.Namespace, tokenizer: Any) -> TokenizedRows:
+    from finetune_trainer.training import modeling, tokens
+
+    template = _choose_template(args, tokenizer)
     path = args.data / "holdout.jsonl" if args.data.is_dir() else args.data
     max_length = min(args.max_length, modeling.limit_length(modeling.read_config(args.model)))
     rows = tokens.tokenize(tokens.read_conversations(path), template, tokenizer, max_length)
