@@ -109,6 +109,39 @@ def test_a_local_task_is_scored_for_the_model_and_its_base(run):
     assert set(details["baseline"]) == {"opens"}
 
 
+def test_further_models_and_rates_of_refusals_stand_beside_the_base(run, models):
+    words = ("--refusals", f"--also=pythia={models['gpt_neox']}", f"--also=start={run.model}", "--limit", "3")
+    assert run.call("evaluate", *words) == 0
+
+    written = json.loads((run.workspace.reports / "scores.json").read_text())
+    assert set(written["models"]) == {"pythia", "start"}
+    rates = {"refusal_rate", "hedging_rate", "over_refusal_rate", "over_hedging_rate"}
+    every = [written["scores"], written["baseline"], *(side["scores"] for side in written["models"].values())]
+    assert all(set(scores["refusals"]) == rates for scores in every)
+    # The same weights have the same scores; a model that reads other tokens has no loss to compare.
+    assert written["models"]["start"]["scores"] == written["baseline"]
+    assert "holdout" not in written["models"]["pythia"]["scores"]
+    assert written["harness"]["lm_eval"]
+    tables = (run.workspace.reports / "scores.md").read_text()
+    assert all(f"| task | metric | tuned | {name} |" in tables for name in ("base", "pythia", "start"))
+    assert run.report("evaluate")["details"]["scores"]["refusals"]["refusal_rate"] == 0
+
+
+def test_every_answer_behind_the_rates_can_be_read(run):
+    assert run.call("evaluate", "--refusals", "--limit", "2", "evaluation.holdout=false") == 0
+
+    lines = [json.loads(line) for line in (run.workspace.reports / "refusals.jsonl").read_text().splitlines()]
+    assert [(line["model"], line["set"]) for line in lines] == [
+        (model, name) for model in ("tuned", "base") for name in ("refusal", "refusal", "over_refusal", "over_refusal")
+    ]
+    assert all(line["prompt"] and isinstance(line["answer"], str) for line in lines)
+
+
+def test_a_model_to_score_that_is_not_there_is_named(run, tmp_path):
+    assert run.call("evaluate", f"--also=absent={tmp_path / 'absent'}") == ExitCode.NO_INPUT
+    assert "spec.evaluation.models[0].source" in run.report("evaluate")["message"]
+
+
 def test_an_unknown_task_is_named(run):
     assert run.call("evaluate", "--task", "tasks/absent.yaml", "evaluation.holdout=false") == ExitCode.NO_INPUT
     report = run.report("evaluate")

@@ -232,6 +232,17 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class NamedModel:
+    """A further model to score."""
+
+    name: str
+    source: str
+    """Folder in Hugging Face layout, as in Source."""
+    revision: str = ""
+    secret_prefix: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
     """How the promoted model is scored."""
 
@@ -242,6 +253,11 @@ class EvaluationConfig:
     """lm-eval tasks, the group open-llm-v1, or paths of task YAML files below the workspace."""
     limit: int = 0
     """Examples per task; 0: all."""
+    refusals: bool = False
+    """Score how often the models refuse what may be answered."""
+    models: tuple[NamedModel, ...] = ()
+    tasks_secret_prefix: str = ""
+    """As in Source, for task files on s3."""
 
 
 @dataclasses.dataclass(frozen=True)

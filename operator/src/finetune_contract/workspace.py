@@ -34,6 +34,10 @@ class Workspace:
         """Written last by `prepare`: source, revision and digest of the base model. Without it the model is absent."""
         return self.root / "models" / "base.json"
 
+    def evaluated_model(self, name: str) -> pathlib.Path:
+        """A further model that was downloaded to be scored beside the job's own."""
+        return self.root / "models" / "evaluated" / name
+
     @property
     def datasets(self) -> pathlib.Path:
         """One folder per prepared data set, named by the digest of its source rows and rules."""

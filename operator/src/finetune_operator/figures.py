@@ -17,6 +17,7 @@ from .conditions import Reason
 from .errors import redact
 from .observed import Observed, earliest_start
 from .plan import Plan
+from .policies.promotion import Verdict, judge_gates
 from .versions import find_served, split_version
 from .work import measure_work
 
@@ -220,16 +221,30 @@ def build_evaluation(plan: Plan, record: records.Record) -> dict[str, Any] | Non
     details = record.details(Phase.EVALUATE)
     if not details:
         return None
-    terminal = record.terminal
+    verdicts = judge_gates(plan.gates, details)
     gate = None
-    if plan.gates:
-        is_failed = terminal is not None and terminal.reason in (Reason.EVALUATION_BELOW_GATE, Reason.SCORE_MISSING)
-        gate = "Failed" if is_failed else "Passed"
+    if verdicts:
+        gate = "Passed" if all(verdict.is_passed for verdict in verdicts) else "Failed"
     return {
         "scores": finite_scores(details.get("scores")),
         "baseline": finite_scores(details.get("baseline")),
         "gate": gate,
+        "gates": [_build_gate(verdict) for verdict in verdicts],
     }
+
+
+def _build_gate(verdict: Verdict) -> dict[str, Any]:
+    gate = verdict.gate
+    word = "Failed" if verdict.reason == Reason.EVALUATION_BELOW_GATE else verdict.reason
+    return {
+        **gate.model_dump(),
+        "verdict": word or "Passed",
+        **{name: _finite(getattr(verdict, name)) for name in ("score", "baseline")},
+    }
+
+
+def _finite(number: float | None) -> float | None:
+    return number if number is not None and abs(number) < float("inf") else None
 
 
 def finite_scores(scores: Any) -> dict[str, dict[str, float]]:

@@ -18,7 +18,7 @@ from .deployment import keep_endpoint, next_endpoint_step, succeed
 from .manifests.memory import build_plan_map
 from .manifests.workspace import build_workspace_claim
 from .observed import Job, Observed
-from .phases import next_phase_step
+from .phases import SETTINGS, digest_evaluation, next_phase_step
 from .plan import Plan
 from .policies.blockers import find_claim_blocker
 from .policies.cleanup import list_finished_children, list_surplus_workspace, next_cleanup
@@ -117,7 +117,8 @@ def _next_for_storage(view: View) -> Step | None:
 def is_evaluated(plan: Plan) -> bool:
     """Does the job score anything?"""
     evaluation = plan.run.evaluation
-    return bool(evaluation.tasks) or (evaluation.holdout and plan.run.dataset.holdout_fraction > 0)
+    is_held_out = evaluation.holdout and plan.run.dataset.holdout_fraction > 0
+    return bool(evaluation.tasks) or evaluation.refusals or is_held_out
 
 
 def _next_to_evaluate(view: View) -> Step | None:
@@ -193,11 +194,23 @@ def _take_up(view: View, terminal: Terminal) -> Step:
         removal = _remove_running(view, situation)
         return removal if removal is not None else revive_attempt(view, _close_open_attempt(view, record, terminal))
     job = view.observed.job(view.plan.names.phase_job(terminal.phase))
-    if job is not None and not view.record.has_done(terminal.phase):
+    is_done = view.record.has_done(terminal.phase)
+    if terminal.phase == Phase.EVALUATE and is_done and _is_scored_otherwise(view):
+        # With other tasks the scores are others; with other gates they are judged as they are.
+        is_done = False
+        record = dataclasses.replace(
+            record, phases={name: found for name, found in record.phases.items() if name != Phase.EVALUATE}
+        )
+    if job is not None and not is_done:
         if job.is_deleting:
             return Wait(situation)
         return Remove((Reference("batch/v1", "Job", job.name, job.uid),), situation)
     return WriteRecord(record, situation)
+
+
+def _is_scored_otherwise(view: View) -> bool:
+    settings = view.record.details(Phase.EVALUATE).get(SETTINGS)
+    return settings is not None and settings != digest_evaluation(view.plan)
 
 
 def _close_open_attempt(view: View, record: Record, terminal: Terminal) -> Record:

@@ -12,9 +12,11 @@ from typing import Any
 from finetune_contract.reports import Phase
 from finetune_contract.reports import Reason as PodReason
 
+from . import naming
 from .conditions import Reason, Type
 from .manifests.phases import build_phase
 from .observed import Job
+from .plan import Plan
 from .policies.failure import choose_first_failed, explain_failure, explain_pod
 from .record import Record, to_text
 from .sizing import to_words
@@ -37,6 +39,15 @@ RUNNING = {
     ),
 }
 """What each phase says while it runs, and the condition that it stands for."""
+
+
+SETTINGS = "settings"
+"""Entry of the recorded results of an evaluation: digest of what decides its scores."""
+
+
+def digest_evaluation(plan: Plan) -> str:
+    """Return a digest of what is scored; gates are no part of it."""
+    return naming.short_digest(repr(plan.run.evaluation))
 
 
 def next_phase_step(view: View, phase: Phase) -> Step | None:
@@ -123,6 +134,8 @@ def _find_change(record: Record, prepared: Mapping[str, Any]) -> str:
 
 
 def _with_results(view: View, phase: Phase, details: dict[str, Any]) -> Record:
+    if phase is Phase.EVALUATE:
+        details[SETTINGS] = digest_evaluation(view.plan)
     record = view.record.with_phase(phase, details)
     if phase is Phase.INSPECT:
         return dataclasses.replace(record, start_time=to_text(view.now))

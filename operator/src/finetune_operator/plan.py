@@ -206,8 +206,12 @@ def make_plan(job: FineTuneJob, settings: Settings, frozen: str = "") -> Plan:
         progress_url=settings.progress.url,
         unschedulable_seconds=settings.unschedulable_seconds,
         digest=_digest_spec(spec),
-        source_digest=naming.short_digest(spec.model.to_dict().__repr__() + spec.dataset.to_dict().__repr__()),
+        source_digest=naming.short_digest(_list_sources(spec).__repr__()),
     )
+
+
+def _list_sources(spec: FineTuneJobSpec) -> list[dict[str, Any]]:
+    return [spec.model.to_dict(), spec.dataset.to_dict(), *(each.to_dict() for each in spec.evaluation.models)]
 
 
 def freeze(plan: Plan, version: str) -> str:
@@ -362,6 +366,8 @@ def _refuse_what_is_not_allowed(spec: FineTuneJobSpec, run: RunConfig, settings:
     urls += [("dataset.source", each.source) for each in run.dataset.sources]
     if run.dataset.judge.source:
         urls.append(("dataset.judge.source", run.dataset.judge.source))
+    urls += [(f"evaluation.models[{index}].source", each.source) for index, each in enumerate(run.evaluation.models)]
+    urls += [("evaluation.tasks", task) for task in run.evaluation.tasks if task.startswith(("s3://", "pvc://"))]
     urls += [("promotion.destinations", each.destination) for each in run.promotion.destinations]
     urls += [(f"inference.adapters[{at}].source", each.source) for at, each in enumerate(run.composition.adapters)]
     if run.checkpoint.mirror.destination:
@@ -373,7 +379,7 @@ def _refuse_what_is_not_allowed(spec: FineTuneJobSpec, run: RunConfig, settings:
             raise InvalidJobError(
                 f"{field}: {scheme}:// is not allowed by the administrators: use {allowed}", Reason.NOT_ALLOWED
             )
-        is_input = not field.startswith(("promotion.", "inference."))
+        is_input = not field.startswith(("promotion.", "inference.", "evaluation.tasks"))
         if scheme == "pvc" and is_input and spec.workspace.existing_claim is None:
             raise InvalidJobError(
                 f"{field}: {url} lies on a workspace that is yet to be made: name the claim that holds it in "

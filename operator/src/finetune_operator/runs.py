@@ -20,6 +20,7 @@ from finetune_contract.run_config import (
     FilterConfig,
     JobIdentity,
     JudgeConfig,
+    NamedModel,
     PromotionConfig,
     QualityConfig,
     RunConfig,
@@ -30,7 +31,7 @@ from finetune_contract.run_config import (
 from . import recipes
 from .api.adapters import Composition
 from .api.inputs import DatasetFilter, DatasetJudge
-from .api.outputs import Inference
+from .api.outputs import Evaluation, Inference
 from .api.v1alpha1 import FineTuneJob, FineTuneJobSpec
 from .settings import Settings
 
@@ -38,7 +39,6 @@ from .settings import Settings
 def resolve_run(job: FineTuneJob, settings: Settings) -> RunConfig:
     spec, meta = job.spec, job.metadata
     gpus = spec.resources.gpus_per_node
-    evaluation = spec.evaluation
     return RunConfig(
         model=Source(spec.model.source, spec.model.revision or "", secret_prefix=_prefix(spec.model, "MODEL")),
         dataset=_resolve_dataset(spec),
@@ -52,9 +52,7 @@ def resolve_run(job: FineTuneJob, settings: Settings) -> RunConfig:
         ),
         progress_deadline_seconds=spec.failure_policy.progress_deadline_seconds or 0,
         checkpoint=_resolve_checkpoint(spec),
-        evaluation=EvaluationConfig(
-            evaluation.holdout, evaluation.baseline, tuple(evaluation.tasks), evaluation.limit or 0
-        ),
+        evaluation=_resolve_evaluation(spec.evaluation),
         promotion=PromotionConfig(
             select="best" if spec.checkpoint.retention.best.count else "last",
             destinations=tuple(
@@ -64,6 +62,22 @@ def resolve_run(job: FineTuneJob, settings: Settings) -> RunConfig:
             weight_diff=spec.promotion.weight_diff.enabled,
         ),
         composition=_resolve_composition(spec.inference),
+    )
+
+
+def _resolve_evaluation(evaluation: Evaluation) -> EvaluationConfig:
+    models = (
+        NamedModel(each.name, each.source, each.revision or "", _prefix(each, f"EVALUATION_{index}"))
+        for index, each in enumerate(evaluation.models)
+    )
+    return EvaluationConfig(
+        evaluation.holdout,
+        evaluation.baseline,
+        tuple(evaluation.tasks),
+        evaluation.limit or 0,
+        evaluation.refusals,
+        tuple(models),
+        _prefix(evaluation, "TASKS"),
     )
 
 
@@ -193,6 +207,9 @@ def resolve_secrets(spec: FineTuneJobSpec) -> dict[Phase, tuple[Mapping[str, Any
     else:
         each = (entry(source, f"DATASET_{index}") for index, source in enumerate(spec.dataset.sources))
         inputs = (*model, *(found for group in each for found in group))
+    models = (entry(each, f"EVALUATION_{index}") for index, each in enumerate(spec.evaluation.models))
+    evaluated = tuple(found for group in models for found in group)
+    tasks = entry(spec.evaluation, "TASKS")
     destinations = (entry(each, f"DESTINATION_{index}") for index, each in enumerate(spec.promotion.destinations))
     adapters = (entry(each, f"ADAPTER_{index}") for index, each in enumerate(spec.inference.adapters))
     mirror = entry(spec.checkpoint.mirror, "MIRROR") if spec.checkpoint.mirror else ()
@@ -202,11 +219,11 @@ def resolve_secrets(spec: FineTuneJobSpec) -> dict[Phase, tuple[Mapping[str, Any
         {"secretRef": {"name": tracker.secret_ref.name}} for tracker in trackers if tracker and tracker.secret_ref
     )
     return {
-        Phase.INSPECT: inputs,
-        Phase.PREPARE: (*inputs, *(entry(spec.dataset.judge, "JUDGE") if spec.dataset.judge else ())),
+        Phase.INSPECT: (*inputs, *evaluated),
+        Phase.PREPARE: (*inputs, *(entry(spec.dataset.judge, "JUDGE") if spec.dataset.judge else ()), *tasks),
         Phase.TRAIN: (*mirror, *plain),
         Phase.PROMOTE: (),
-        Phase.EVALUATE: model,
+        Phase.EVALUATE: (*model, *evaluated, *tasks),
         Phase.PUBLISH: tuple(found for group in destinations for found in group),
         Phase.COMPOSE: tuple(found for group in adapters for found in group),
         Phase.SERVE: (),

@@ -60,6 +60,8 @@ class Contents:
     lora_rank: int
     """0: all weights are trained."""
     has_weight_diff: bool = False
+    evaluated_bytes: int = 0
+    """Further models that are downloaded to be scored."""
 
 
 def count_trained(parameters: int, lora_rank: int) -> int:
@@ -91,7 +93,8 @@ def needed_bytes(contents: Contents) -> int:
     checkpoints = peak_bytes(checkpoint_bytes(contents), contents.checkpoints_kept)
     # How far a difference can be compressed is known only when it is made.
     outputs = 2 * output if contents.has_weight_diff else output
-    return contents.model_bytes + 2 * contents.dataset_bytes + checkpoints + outputs
+    inputs = contents.model_bytes + 2 * contents.dataset_bytes + contents.evaluated_bytes
+    return inputs + checkpoints + outputs
 
 
 def choose_size(contents: Contents) -> str:

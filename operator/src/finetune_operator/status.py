@@ -30,6 +30,7 @@ from .figures import (
 from .observed import Observed
 from .plan import Plan
 from .policies.exclusion import list_current
+from .policies.promotion import find_failed_gate
 from .steps import Finish, Situation, Step
 from .versions import is_composed, serving_version
 
@@ -191,7 +192,7 @@ def _results(plan: Plan, observed: Observed) -> Wanted:
         Type.MODEL_READY: done(Phase.PREPARE, "the base model is on the workspace"),
         Type.DATASET_READY: done(Phase.PREPARE, data),
         Type.PROMOTED: promoted,
-        Type.EVALUATED: done(Phase.EVALUATE, _describe_scores(record)),
+        Type.EVALUATED: done(Phase.EVALUATE, _describe_scores(record) + _describe_raised_gate(plan, record)),
         Type.DEPLOYED: deployed,
     }
 
@@ -203,6 +204,17 @@ def _describe_scores(record: records.Record) -> str:
     if tuned is None:
         return f"{len(finite_scores(details.get('scores')))} tasks are scored"
     return f"held-out loss {tuned:.4g}" + (f", the base model's {base:.4g}" if base is not None else "")
+
+
+def _describe_raised_gate(plan: Plan, record: records.Record) -> str:
+    """Say that a job that has ended well would not pass its gates as they are now."""
+    failed = find_failed_gate(plan.gates, record.details(Phase.EVALUATE))
+    if failed is None or record.terminal is None or record.terminal.result != "Succeeded":
+        return ""
+    return (
+        f"; a gate was raised since the model passed, which stays as it is: {failed[1]}; "
+        "to take the model down: inference.enabled: false"
+    )
 
 
 def _pods(observed: Observed, situation: Situation) -> Wanted:

@@ -51,10 +51,10 @@ def dataset_access(dataset: DatasetConfig, index: int) -> Access:
 class RemoteModel:
     """A base model at its source."""
 
-    def __init__(self, run: RunConfig, root: pathlib.Path) -> None:
+    def __init__(self, run: RunConfig, root: pathlib.Path, access: Access | None = None) -> None:
         self._source = run.model
         self._trust_remote_code = run.trust_remote_code
-        self._access = model_access(run)
+        self._access = access or model_access(run)
         self._store = open_store(run.model.source, run.model.revision, self._access, root)
         self._listing: Listing | None = None
 

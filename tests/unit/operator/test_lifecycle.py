@@ -417,6 +417,64 @@ def test_nothing_is_uploaded_or_served_below_a_gate():
     assert (step.record.terminal.reason, step.record.terminal.phase) == ("EvaluationBelowGate", Phase.EVALUATE)
 
 
+def make_gated(gate=5, **evaluation):
+    return make_test_plan(evaluation={"gates": [{"task": "holdout", "metric": "loss", "min": gate}], **evaluation})
+
+
+def evaluate_and_judge(plan):
+    """Return the record of a job whose evaluation has just ended, as its gates leave it."""
+    job = make_batch_job(plan, "evaluate", is_succeeded=True, ended_at=NOW + seconds(9))
+    report = make_report("evaluate", 0, "Completed", "scored", details={"scores": {"holdout": {"loss": 2.0}}})
+    pod = make_pod(job, phase="Succeeded", exit=make_exit(0, report=report))
+    record = make_record(*TRAINED, Phase.PROMOTE, claim_uid="claim", attempts=(make_attempt(plan),))
+    world = make_observed(plan, record, jobs=(job,), pods=(pod,))
+    scored = look(plan, world)
+    judged = look(plan, dataclasses.replace(world, record=scored.record))
+    return dataclasses.replace(world, record=judged.record)
+
+
+def test_a_gate_that_is_lowered_lets_the_model_pass_with_the_scores_there_are():
+    held = evaluate_and_judge(make_gated())
+    assert held.record.terminal.reason == "EvaluationBelowGate"
+    lowered = make_gated(gate=1)
+    step = look(lowered, held)
+    assert isinstance(step, WriteRecord)
+    assert (step.record.terminal, step.record.attempts) == (None, held.record.attempts)
+    # What follows is the endpoint: no Job is removed, made or run again.
+    step = look(lowered, dataclasses.replace(held, record=step.record))
+    assert not isinstance(step, Remove)
+    assert all(each["kind"] != "Job" for each in getattr(step, "objects", ()))
+    assert step.situation.state == "Deploying"
+
+
+def test_a_gate_that_is_still_not_passed_holds_the_model_again():
+    held = evaluate_and_judge(make_gated())
+    changed = make_gated(gate=4)
+    taken_up = look(changed, held)
+    step = look(changed, dataclasses.replace(held, record=taken_up.record))
+    assert "min 4" in step.record.terminal.message
+    assert step.record.terminal.digest == changed.digest
+
+
+def test_with_other_tasks_a_held_model_is_scored_again_and_not_trained_again():
+    held = evaluate_and_judge(make_gated())
+    changed = make_gated(tasks=["gsm8k"])
+    step = look(changed, held)
+    assert [each.name for each in step.references] == ["support-7b-evaluate"]
+    step = look(changed, dataclasses.replace(held, jobs=(), pods=()))
+    assert not step.record.has_done(Phase.EVALUATE)
+    assert step.record.has_done(Phase.PROMOTE)
+    step = look(changed, dataclasses.replace(held, jobs=(), pods=(), record=step.record))
+    assert ("Job", "support-7b-evaluate") in names_of(step)
+
+
+def test_a_gate_that_is_raised_after_success_leaves_the_endpoint_as_it_is():
+    plan, raised = make_test_plan(), make_gated()
+    world = make_finished(plan)
+    assert type(look(raised, world)) is type(look(plan, world))
+    assert look(raised, world).situation == look(plan, world).situation
+
+
 def make_finished(plan, result="Succeeded", phase="", digest=None, **fields):
     terminal = Terminal(result, "Reason", "message", to_text(NOW), phase, plan.digest if digest is None else digest)
     return make_observed(plan, make_record(*EVALUATED, claim_uid="claim", terminal=terminal), **fields)

@@ -15,7 +15,7 @@ from finetune_operator.plan import FailurePlan
 from finetune_operator.policies.blockers import find_claim_blocker, find_job_blocker, find_pod_blocker
 from finetune_operator.policies.exclusion import exclude_node, list_current
 from finetune_operator.policies.failure import choose_first_failed, explain_failure, explain_pod
-from finetune_operator.policies.promotion import find_failed_gate
+from finetune_operator.policies.promotion import find_failed_gate, judge_gates
 from finetune_operator.policies.restart import LONGEST_DELAY_SECONDS, delay_seconds, judge_failure
 from finetune_operator.policies.storage import find_storage_problem, list_contents, resolve_size
 from finetune_operator.sizing import choose_accumulation, needed_bytes, to_number
@@ -398,3 +398,43 @@ def test_a_job_avoids_a_few_nodes_each_for_a_day():
     assert list_current(exclusions, NOW + seconds(24 * 3600 + 3)) == exclusions[2:]
     again = exclude_node(exclusions, "node-3", "mine", NOW + seconds(60))
     assert [each.node for each in again] == ["node-2", "node-4", "node-5", "node-3"]
+
+
+def test_a_gate_may_name_the_most_that_a_score_is_to_be():
+    scores = {"scores": {"refusals": {"refusal_rate": 0.1}}, "baseline": {"refusals": {"refusal_rate": 0.02}}}
+
+    def judge(**bound):
+        (verdict,) = judge_gates(
+            (Gate.model_validate({"task": "refusals", "metric": "refusal_rate", **bound}),), scores
+        )
+        return verdict
+
+    assert judge(max=0.1).is_passed
+    assert "above the gate's max 0.05" in judge(max=0.05).message
+    # More refusals are worse.
+    assert judge(maxRegression=0.1).is_passed
+    assert "worse by 0.08" in judge(maxRegression=0.05).message
+
+
+def test_a_score_that_is_no_number_passes_no_gate():
+    details = {"scores": {"arc": {"acc": float("nan")}}, "baseline": {"arc": {"acc": 0.5}}}
+    bounds = ({"min": -1}, {"max": 1}, {"maxRegression": 1})
+    gates = [Gate.model_validate({"task": "arc", "metric": "acc", **bound}) for bound in bounds]
+    assert [verdict.reason for verdict in judge_gates(gates, details)] == ["EvaluationBelowGate"] * 3
+
+
+def test_every_gate_is_judged_with_its_numbers():
+    gates = [
+        Gate.model_validate(gate)
+        for gate in (
+            {"task": "holdout", "metric": "loss", "maxRegression": 0.5},
+            {"task": "arc", "metric": "acc_norm", "min": 0.6},
+            {"task": "mmlu", "metric": "acc", "min": 0.1},
+        )
+    ]
+    verdicts = judge_gates(gates, SCORES)
+    assert [(each.score, each.baseline, str(each.reason)) for each in verdicts] == [
+        (2.0, 1.5, ""),
+        (0.5, None, "EvaluationBelowGate"),
+        (None, None, "ScoreMissing"),
+    ]

@@ -307,3 +307,23 @@ def test_the_weight_diff_has_its_size_and_ratio():
     found = build(make_observed(PLAN, record), Wait(TRAINING)).promotion
     assert found.to_dict()["weightDiff"] == facts
     assert build(make_observed(PLAN, make_record(*DONE)), Wait(TRAINING)).promotion.weight_diff is None
+
+
+def test_each_gate_says_its_verdict_with_the_numbers():
+    gates = [
+        {"task": "holdout", "metric": "loss", "maxRegression": 0},
+        {"task": "holdout", "metric": "loss", "max": 0.5},
+        {"task": "holdout", "metric": "bleu", "min": 1},
+    ]
+    plan = make_test_plan(evaluation={"gates": gates})
+    world = finished_world()
+    status = build(world, Finish(Situation("Succeeded", "Serving", "")), plan=plan)
+    scores = world.record.details(Phase.EVALUATE)
+    found = [(each.verdict, each.score, each.baseline, each.max) for each in status.evaluation.gates]
+    loss, base = scores["scores"]["holdout"]["loss"], scores["baseline"]["holdout"]["loss"]
+    assert found == [("Passed", loss, base, None), ("Failed", loss, base, 0.5), ("ScoreMissing", None, None, None)]
+    assert status.evaluation.gate == "Failed"
+    (evaluated,) = (each for each in status.conditions if each.type == "Evaluated")
+    assert evaluated.status == "True"
+    assert "a gate was raised since the model passed" in evaluated.message
+    assert "inference.enabled: false" in evaluated.message

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
-from finetune_contract.run_config import DatasetConfig, RunConfig, Source
+from finetune_contract.reports import ExitCode
+from finetune_contract.run_config import DatasetConfig, EvaluationConfig, NamedModel, RunConfig, Source
 from tests.support.model_bytes import build_model, build_safetensors
 
 
@@ -28,6 +31,20 @@ def test_sizes_parameters_and_revisions_are_reported(run_command, settings, hub,
     assert details["dataset_revisions"] == [hub.repositories["datasets/acme/rows"].commits[-1][0]]
     assert hub.bytes_sent < 2_000
     assert not (tmp_path / "not-mounted").exists()
+
+
+def test_further_models_to_score_are_sized_but_for_those_on_the_workspace(run_command, settings):
+    models = (NamedModel("same", "hf://acme/tiny"), NamedModel("there", "pvc://other"))
+    settings = dataclasses.replace(settings, evaluation=EvaluationConfig(models=models))
+    details = run_command("inspect", settings=settings).details
+    assert details["evaluated_bytes"] == details["model_bytes"]
+
+
+def test_a_further_model_that_does_not_exist_is_named_before_anything_runs(run_command, settings):
+    settings = dataclasses.replace(settings, evaluation=EvaluationConfig(models=(NamedModel("x", "hf://acme/absent"),)))
+    outcome = run_command("inspect", settings=settings)
+    assert outcome.code == ExitCode.NO_INPUT
+    assert "spec.evaluation.models[0].source" in outcome.text
 
 
 def test_sources_on_the_workspace_are_not_seen_and_not_an_error(run_command, settings):

@@ -9,29 +9,69 @@ from pydantic import Field
 from finetune_operator.api.adapters import ADAPTER_RULES, Adapter, Composition
 from finetune_operator.api.base import Model, Rule
 from finetune_operator.api.pods import PodTemplate, SecretRef
-from finetune_operator.api.scalars import DestinationUrl, DnsLabel
+from finetune_operator.api.scalars import DestinationUrl, DnsLabel, Revision, SourceUrl
 
 TaskName = Annotated[str, Field(min_length=1, max_length=512)]
+
+OPEN_LLM_V1 = ("arc_challenge", "hellaswag", "mmlu", "truthfulqa_mc2")
+"""Tasks of the group open-llm-v1; mmlu has parts of its own."""
 
 
 class Gate(Model):
     """A score that the model must reach before it is uploaded and served."""
 
     task: TaskName
-    """Task that is scored; `holdout` for the held-out rows."""
+    """Task that is scored; `holdout` for the held-out rows, `refusals` for the rates of refusals."""
     metric: Annotated[str, Field(min_length=1, max_length=128)]
-    """Metric of the task, as in acc_norm; for holdout: loss or perplexity."""
+    """Metric of the task, as in acc_norm; for holdout: loss or perplexity; for refusals: refusal_rate, hedging_rate,
+    over_refusal_rate or over_hedging_rate."""
     min: Annotated[float, Field(ge=-1e9, le=1e9)] | None = None
     """The score must be at least this."""
+    max: Annotated[float, Field(ge=-1e9, le=1e9)] | None = None
+    """The score must be at most this."""
     max_regression: Annotated[float, Field(ge=0, le=1e9)] | None = None
-    """The score may be worse than the base model's by at most this."""
+    """The score may be worse than the base model's by at most this: lower, or for losses, perplexities and rates of
+    refusals higher."""
 
     validations = (
         Rule(
-            "has(self.min) != has(self.maxRegression)",
-            "write exactly one of min and maxRegression",
-            lambda gate: (gate.min is None) != (gate.max_regression is None),
+            "[has(self.min), has(self.max), has(self.maxRegression)].exists_one(written, written)",
+            "write exactly one of min, max and maxRegression",
+            lambda gate: [gate.min, gate.max, gate.max_regression].count(None) == 2,
         ),
+    )
+
+
+class EvaluatedModel(Model):
+    """A further model that is scored beside the promoted one and its base."""
+
+    name: DnsLabel
+    """What it is called in the reports."""
+    source: SourceUrl
+    """Folder in Hugging Face layout: hf://organisation/name, s3://bucket/prefix, pvc://path on the workspace, or
+    https:// of a tar archive."""
+    revision: Revision | None = None
+    """Branch, tag or commit of a hub repository; the newest by default."""
+    secret_ref: SecretRef | None = None
+    """Secret with credentials for the source; by default the pod's identity is used."""
+
+    validations = (
+        Rule(
+            "!(self.name in ['tuned', 'base'])",
+            "tuned and base are the job's own models: write another name",
+            lambda model: model.name not in ("tuned", "base"),
+            field="name",
+        ),
+    )
+
+
+def _are_gates_scored(evaluation: Evaluation) -> bool:
+    """Is there a task that may bring each gate's score? What lm-eval's own groups hold is known to lm-eval alone."""
+    if any(task != "open-llm-v1" for task in evaluation.tasks):
+        return True
+    known = ("holdout", "refusals", *(OPEN_LLM_V1 if evaluation.tasks else ()))
+    return all(
+        gate.task in known or (bool(evaluation.tasks) and gate.task.startswith("mmlu_")) for gate in evaluation.gates
     )
 
 
@@ -39,11 +79,19 @@ class Evaluation(Model):
     """How the promoted model is scored."""
 
     tasks: Annotated[list[TaskName], Field(max_length=32)] = []
-    """lm-eval tasks by name, the group open-llm-v1, or task files (YAML) on the workspace."""
+    """lm-eval tasks by name, the group open-llm-v1, or task files (YAML) with their data beside them: on the workspace
+    as in pvc://tasks/own.yaml, or s3://bucket/tasks/own.yaml, whose whole folder is fetched."""
     holdout: bool = True
     """Score the held-out rows: loss and perplexity."""
     baseline: bool = True
     """Score the base model beside the promoted one."""
+    refusals: bool = False
+    """Score how often the model refuses or hedges: requests on sensitive matters that may be answered, and harmless
+    ones that only sound dangerous. The scores are the task `refusals`."""
+    models: Annotated[list[EvaluatedModel], Field(max_length=8)] = []
+    """Further models to score beside the promoted one and its base."""
+    secret_ref: SecretRef | None = None
+    """Secret with credentials for task files on s3://."""
     limit: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
     """Examples per task; by default all."""
     gates: Annotated[list[Gate], Field(max_length=32)] = []
@@ -65,6 +113,27 @@ class Evaluation(Model):
             "a gate needs the held-out rows: set holdout: true, or remove the gate",
             lambda evaluation: evaluation.holdout or not any(gate.task == "holdout" for gate in evaluation.gates),
             field="holdout",
+        ),
+        Rule(
+            "self.refusals || !has(self.gates) || !self.gates.exists(gate, gate.task == 'refusals')",
+            "a gate needs the rates of refusals: set refusals: true, or remove the gate",
+            lambda evaluation: evaluation.refusals or not any(gate.task == "refusals" for gate in evaluation.gates),
+            field="refusals",
+        ),
+        Rule(
+            "!has(self.gates) || (has(self.tasks) && self.tasks.exists(task, task != 'open-llm-v1'))"
+            " || self.gates.all(gate, gate.task in ['holdout', 'refusals'] || (has(self.tasks) && size(self.tasks) > 0"
+            " && (gate.task in ['arc_challenge', 'hellaswag', 'mmlu', 'truthfulqa_mc2']"
+            " || gate.task.startsWith('mmlu_'))))",
+            "a gate names a task that is not scored: add the task to tasks, or name holdout, refusals or one of tasks",
+            _are_gates_scored,
+            field="gates",
+        ),
+        Rule(
+            "!has(self.models) || self.models.all(model, self.models.exists_one(other, other.name == model.name))",
+            "two models have one name: give each its own",
+            lambda evaluation: len({model.name for model in evaluation.models}) == len(evaluation.models),
+            field="models",
         ),
     )
 

@@ -216,6 +216,27 @@ class CheckpointStatus(StatusModel):
     """Complete checkpoints kept."""
 
 
+class GateStatus(StatusModel):
+    """What one gate says of the scores, as the gates are now."""
+
+    task: Annotated[str, Field(max_length=512)]
+    """Task of the gate."""
+    metric: Annotated[str, Field(max_length=128)]
+    """Metric of the gate."""
+    verdict: Literal["Passed", "Failed", "ScoreMissing"]
+    """Whether the score is good enough; ScoreMissing: there is none."""
+    score: float | None = None
+    """Score of the promoted model."""
+    baseline: float | None = None
+    """Score of the base model."""
+    min: float | None = None
+    """The score has to be at least this."""
+    max: float | None = None
+    """The score has to be at most this."""
+    max_regression: float | None = None
+    """The score may be worse than the base model's by at most this."""
+
+
 class EvaluationStatus(StatusModel):
     """Scores."""
 
@@ -224,7 +245,9 @@ class EvaluationStatus(StatusModel):
     baseline: Scores = {}
     """Scores of the base model."""
     gate: Literal["Passed", "Failed"] | None = None
-    """Whether the gates were passed."""
+    """Whether all gates, as they are now, are passed. A model that is served when a gate is raised stays served."""
+    gates: Annotated[list[GateStatus], Field(max_length=32)] = []
+    """Each gate's verdict."""
 
 
 class WeightDiffStatus(StatusModel):

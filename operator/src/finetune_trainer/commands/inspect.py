@@ -31,6 +31,8 @@ def run(args: argparse.Namespace) -> int:
     details = _inspect_model(settings, root) if settings.model.source else {}
     if settings.dataset.sources:
         details |= _inspect_dataset(settings, root)
+    if settings.evaluation.models:
+        details["evaluated_bytes"] = _inspect_evaluated(settings, root)
     print(json.dumps(details, indent=1))
     message = ", ".join(f"{name} {value}" for name, value in details.items() if not isinstance(value, list))
     write_exit_report(ExitReport(Phase.INSPECT, Reason.COMPLETED, message, details=details))
@@ -60,6 +62,17 @@ def _inspect_model(settings: RunConfig, root: pathlib.Path) -> dict[str, Any]:
         "model_type": facts.model_type,
         "model_revision": model.revision,
     }
+
+
+def _inspect_evaluated(settings: RunConfig, root: pathlib.Path) -> int:
+    """Return the size of the further models that are to be downloaded and scored; each must be one."""
+    from finetune_trainer.evaluation.models import open_model
+
+    total = 0
+    for index, model in enumerate(settings.evaluation.models):
+        if not model.source.startswith("pvc://"):
+            total += open_model(settings, index).read_facts().num_bytes
+    return total
 
 
 def _inspect_dataset(settings: RunConfig, root: pathlib.Path) -> dict[str, Any]:

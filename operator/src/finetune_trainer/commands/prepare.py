@@ -106,7 +106,7 @@ def _run_plain(args: argparse.Namespace) -> int:
     downloads = args.out / ".downloads"
     with ProgressBar("reading", remote.num_bytes, "B") as bar:
         rows = remote.describe_in_place() if remote.is_local else remote.download(downloads, bar.advance)
-    contamination = _read_contamination(dataset, pathlib.Path())
+    contamination = _read_contamination(dataset, "", pathlib.Path())
     dataset, judge = fetch_judge(dataset, pathlib.Path(), downloads)
     with ProgressBar("filtering", None) as bar:
         steps = _RowSteps(bar)
@@ -272,7 +272,7 @@ def _prepare_dataset(settings: RunConfig, workspace: Workspace, reporter: Progre
             else remote.download(downloads / _folder_name(remote.source, index), bar.advance)
             for index, remote in enumerate(remotes)
         ]
-    contamination = _read_contamination(dataset, workspace.root)
+    contamination = _read_contamination(dataset, settings.evaluation.tasks_secret_prefix, workspace.root)
     dataset, judge = fetch_judge(dataset, workspace.root, downloads)
     digest = make_digest(sources, dataset, contamination=contamination)
     folder = workspace.dataset(digest)
@@ -291,14 +291,16 @@ def _prepare_dataset(settings: RunConfig, workspace: Workspace, reporter: Progre
     return manifest
 
 
-def _read_contamination(dataset: DatasetConfig, root: pathlib.Path) -> ContaminationIndex | None:
+def _read_contamination(dataset: DatasetConfig, secret_prefix: str, root: pathlib.Path) -> ContaminationIndex | None:
     """Return the texts of the evaluation tasks that must not be in the data, if the settings ask for it."""
     if not dataset.quality.contamination:
         return None
     from finetune_trainer.data.decontamination import make_index
     from finetune_trainer.evaluation.harness import read_texts
+    from finetune_trainer.evaluation.task_files import fetch_tasks
 
-    index = make_index(read_texts(dataset.quality.contamination_tasks, root), dataset.quality)
+    tasks = fetch_tasks(dataset.quality.contamination_tasks, secret_prefix, root)
+    index = make_index(read_texts(tasks, root), dataset.quality)
     emit("the texts of the evaluation tasks are read", texts=index.num_texts, digest=index.digest)
     return index
 

@@ -51,9 +51,10 @@ def compare(tuned: Scores, base: Scores, tuned_errors: Scores, base_errors: Scor
     return differences
 
 
-def format_table(differences: Sequence[Difference]) -> str:
-    """Return the differences as a Markdown table."""
-    lines = ["| task | metric | tuned | base | difference | larger than its error |", "|---|---|---:|---:|---:|---|"]
+def format_table(differences: Sequence[Difference], other: str = "base") -> str:
+    """Return the differences as a Markdown table; `other` is what the tuned model is compared with."""
+    head = f"| task | metric | tuned | {other} | difference | larger than its error |"
+    lines = [head, "|---|---|---:|---:|---:|---|"]
     words = {None: "no error known", True: "yes", False: "no"}
     for one in differences:
         spread = "" if one.error is None else f" ± {one.error:.2g}"

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from finetune_contract.reports import ExitCode, Reason
 from finetune_contract.run_config import RunConfig
 from finetune_contract.workspace import Workspace
 from finetune_trainer.errors import TrainerError
-from finetune_trainer.evaluation.harness import Scores, is_local, score_tasks
+from finetune_trainer.evaluation.harness import Scores, TaskResults, is_local, run_tasks
 from finetune_trainer.evaluation.holdout import measure_entropy, score_holdout
+from finetune_trainer.evaluation.refusal_rates import TASK as REFUSALS
+from finetune_trainer.evaluation.refusal_rates import JudgedAnswer, measure_refusals
 from finetune_trainer.evaluation.samples import Sample, answer_samples, choose_samples, write_samples
 from finetune_trainer.promotion import promoted
 from finetune_trainer.reporting import emit
 from finetune_trainer.training import modeling, tokens
 from finetune_trainer.training.inputs import find_dataset
+
+TUNED, BASE = "tuned", "base"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,19 +33,23 @@ class Side:
     """Standard errors, of the scores that have one."""
     answers: list[str] = dataclasses.field(default_factory=list)
     """To the sample prompts."""
+    judged: tuple[JudgedAnswer, ...] = ()
+    """Answers to the prompts that rates of refusals are measured with."""
+    tasks: TaskResults = dataclasses.field(default_factory=TaskResults)
 
 
-def evaluate(run: RunConfig, model: pathlib.Path | None = None) -> tuple[Side, Side]:
-    """Return what the model (by default the promoted one) and its base reach, task by task."""
-    folder = model or find_promoted(run)
-    rows = read_holdout(run) if run.evaluation.holdout else None
-    samples = _choose_samples(run) if rows is not None else []
-    tuned = _score(run, folder, rows, samples)
-    base = _score(run, modeling.find_base_model(run), rows, samples) if run.evaluation.baseline else Side()
-    if samples:
-        digest = read_digest(folder)
-        write_samples(Workspace(pathlib.Path(run.workspace)).samples, digest, samples, tuned.answers, base.answers)
-    return tuned, base
+def evaluate(run: RunConfig, folder: pathlib.Path, others: Mapping[str, pathlib.Path]) -> dict[str, Side]:
+    """Return what a model, its base and other models reach, by TUNED, BASE and the others' names."""
+    folders = {TUNED: folder}
+    if run.evaluation.baseline:
+        folders[BASE] = modeling.find_base_model(run)
+    material = _read_material(run)
+    sides = {name: _score(run, name, path, material) for name, path in {**folders, **others}.items()}
+    if material.samples:
+        base = sides[BASE].answers if BASE in sides else []
+        path = Workspace(pathlib.Path(run.workspace)).samples
+        write_samples(path, read_digest(folder), material.samples, sides[TUNED].answers, base)
+    return sides
 
 
 def read_digest(folder: pathlib.Path) -> str:
@@ -68,6 +76,7 @@ def find_promoted(run: RunConfig) -> pathlib.Path:
 
 
 def read_holdout(run: RunConfig) -> tokens.TokenizedRows:
+    """Return the held-out rows in the base's tokens. Raises TrainerError when there are none."""
     base = modeling.find_base_model(run)
     tokenizer = modeling.load_tokenizer(base, run.trust_remote_code)
     max_length = min(run.training.max_length, modeling.limit_length(modeling.read_config(base, run.trust_remote_code)))
@@ -83,30 +92,61 @@ def read_holdout(run: RunConfig) -> tokens.TokenizedRows:
     return rows
 
 
-def _choose_samples(run: RunConfig) -> list[Sample]:
-    return choose_samples(tokens.read_conversations(find_dataset(run) / "holdout.jsonl"), run.dataset.seed)
+@dataclasses.dataclass(frozen=True)
+class Material:
+    """What every model is asked."""
+
+    rows: tokens.TokenizedRows | None = None
+    """Held-out rows in the tokens of the base; None: they are not scored."""
+    samples: tuple[Sample, ...] = ()
+    vocabulary: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """Of the base."""
 
 
-def _score(run: RunConfig, folder: pathlib.Path, rows: tokens.TokenizedRows | None, samples: Sequence[Sample]) -> Side:
+def _read_material(run: RunConfig) -> Material:
+    if not run.evaluation.holdout:
+        return Material()
+    rows = read_holdout(run)
+    samples = choose_samples(tokens.read_conversations(find_dataset(run) / "holdout.jsonl"), run.dataset.seed)
+    tokenizer = modeling.load_tokenizer(modeling.find_base_model(run), run.trust_remote_code)
+    return Material(rows, tuple(samples), tokenizer.get_vocab())
+
+
+def _score(run: RunConfig, name: str, folder: pathlib.Path, material: Material) -> Side:
     import torch
 
-    # Both models in 16 bits, as they are served: a difference in precision would pass for one in quality.
+    # All models in 16 bits, as they are served: a difference in precision would pass for one in quality.
     dtype = "float16" if run.training.precision == "fp16" else "bfloat16"
     tokenizer = modeling.load_tokenizer(folder, run.trust_remote_code)
     model: Any = modeling.load_model(folder, dtype, run.trust_remote_code)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    scores: Scores = {}
-    errors: Scores = {}
-    answers: list[str] = []
-    if rows is not None:
-        scores["holdout"], errors["holdout"] = score_holdout(model, rows, modeling.choose_pad_token(tokenizer))
-        scores["holdout"]["unigram_entropy"] = measure_entropy(rows)
-        answers = answer_samples(model, tokenizer, samples, run.dataset.prompt_template)
-        emit("held-out rows scored", model=folder.name[:12], rows=len(rows.rows), **scores["holdout"])
+    side = _score_holdout(run, name, model, tokenizer, material)
+    if run.evaluation.refusals:
+        rates = measure_refusals(model, tokenizer, run.dataset.prompt_template, run.evaluation.limit)
+        side.scores[REFUSALS], side.errors[REFUSALS] = rates.scores, rates.errors
+        side = dataclasses.replace(side, judged=rates.answers)
+        emit("refusals measured", model=name, prompts=len(rates.answers), **rates.scores)
     if run.evaluation.tasks:
         root = pathlib.Path(run.workspace)
-        local = any(is_local(name) for name in run.evaluation.tasks)
-        emit("tasks begin", model=folder.name[:12], tasks=len(run.evaluation.tasks), local=local)
-        found, spread = score_tasks(model, tokenizer, run.evaluation.tasks, run.evaluation.limit, root)
-        scores, errors = scores | found, errors | spread
-    return Side(scores, errors, answers)
+        local = any(is_local(task) for task in run.evaluation.tasks)
+        emit("tasks begin", model=name, tasks=len(run.evaluation.tasks), local=local)
+        found = run_tasks(model, tokenizer, run.evaluation.tasks, run.evaluation.limit, root)
+        side = dataclasses.replace(
+            side, scores=side.scores | found.scores, errors=side.errors | found.errors, tasks=found
+        )
+    return side
+
+
+def _score_holdout(run: RunConfig, name: str, model: Any, tokenizer: Any, material: Material) -> Side:
+    side, rows = Side(), material.rows
+    if rows is None:
+        return side
+    words = tokenizer.get_vocab()
+    if all(words.get(token) == index for token, index in material.vocabulary.items()):
+        scores, errors = score_holdout(model, rows, modeling.choose_pad_token(tokenizer))
+        side.scores["holdout"], side.errors["holdout"] = scores | {"unigram_entropy": measure_entropy(rows)}, errors
+        emit("held-out rows scored", model=name, rows=len(rows.rows), **side.scores["holdout"])
+    else:
+        emit("held-out rows are not scored: a loss per token of other tokens cannot be compared", model=name)
+    answers = answer_samples(model, tokenizer, material.samples, run.dataset.prompt_template)
+    return dataclasses.replace(side, answers=answers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +19,20 @@ GROUPS: Mapping[str, Mapping[str, int]] = {
 
 Scores = dict[str, dict[str, float]]
 """By task and metric."""
+
+
+@dataclasses.dataclass
+class TaskResults:
+    """What one model reached on tasks, and under which versions of them."""
+
+    scores: Scores = dataclasses.field(default_factory=dict)
+    errors: Scores = dataclasses.field(default_factory=dict)
+    """Standard errors, of the scores that have one."""
+    shots: dict[str, int] = dataclasses.field(default_factory=dict)
+    """By task: examples in the prompt."""
+    versions: dict[str, str] = dataclasses.field(default_factory=dict)
+    """By task, as lm-eval counts them."""
+
 
 _BOOTSTRAPS = 100
 """Resamplings for the standard error of metrics that have no formula for it."""
@@ -40,16 +55,24 @@ def score_tasks(
     model: Any, tokenizer: Any, names: Sequence[str], limit: int, root: pathlib.Path
 ) -> tuple[Scores, Scores]:
     """Return the scores of one model and their standard errors. Relative task files lie below `root`."""
+    results = run_tasks(model, tokenizer, names, limit, root)
+    return results.scores, results.errors
+
+
+def run_tasks(model: Any, tokenizer: Any, names: Sequence[str], limit: int, root: pathlib.Path) -> TaskResults:
+    """Return what one model reaches on tasks. Relative task files lie below `root`."""
     from finetune_trainer.evaluation.language_model import SharingModel
 
-    scores: Scores = {}
-    errors: Scores = {}
+    results = TaskResults()
     wrapped = SharingModel(model, tokenizer)
     for name, shots in expand_tasks(names):
-        for task, metrics in _score_task(wrapped, name, shots, limit, root).items():
-            scores[task] = _numbers(metrics, is_error=False)
-            errors[task] = _numbers(metrics, is_error=True)
-    return scores, errors
+        found = _score_task(wrapped, name, shots, limit, root)
+        for task, metrics in found["results"].items():
+            results.scores[task] = _numbers(metrics, is_error=False)
+            results.errors[task] = _numbers(metrics, is_error=True)
+        results.shots |= {task: int(count) for task, count in found.get("n-shot", {}).items()}
+        results.versions |= {task: str(version) for task, version in found.get("versions", {}).items()}
+    return results
 
 
 def _score_task(model: Any, name: str, shots: int | None, limit: int, root: pathlib.Path) -> Mapping[str, Any]:
@@ -71,8 +94,8 @@ def _score_task(model: Any, name: str, shots: int | None, limit: int, root: path
             )
     except (KeyError, ValueError, OSError, ConnectionError) as error:
         raise _make_error(name, error) from error
-    results: Mapping[str, Any] = (result or {})["results"]
-    return results
+    found: Mapping[str, Any] = result or {"results": {}}
+    return found
 
 
 def read_texts(names: Sequence[str], root: pathlib.Path) -> Iterator[str]:

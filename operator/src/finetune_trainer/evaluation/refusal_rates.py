@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import math
 import pathlib
 from collections.abc import Sequence
@@ -76,6 +77,12 @@ class RefusalRates:
 def read_prompts(prompt_set: str) -> tuple[str, ...]:
     """Return the prompts of one of the SETS."""
     return tuple((_FOLDER / f"{prompt_set}.txt").read_text(encoding="utf-8").splitlines())
+
+
+def digest_prompts() -> str:
+    """Return a digest of both sets: rates of other prompts cannot be compared."""
+    text = "".join(f"{name} {prompt}\n" for name in SETS for prompt in read_prompts(name))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def measure_refusals(
