@@ -29,6 +29,7 @@ def select_events(old: Previous, new: Previous) -> list[tuple[str, str, str]]:
             events.append(("Warning", each.reason, each.message))
     events += _select_attempt_events(old, new)
     events += _select_data_events(old, new)
+    events += _select_serving_events(old, new)
     avoided = {(each.name, each.until) for each in old.excluded_nodes}
     for node in new.excluded_nodes:
         if (node.name, node.until) not in avoided:
@@ -65,6 +66,14 @@ def _select_data_events(old: Previous, new: Previous) -> list[tuple[str, str, st
         )
         events.append(("Warning", "ExamplesDropped", text))
     return events
+
+
+def _select_serving_events(old: Previous, new: Previous) -> list[tuple[str, str, str]]:
+    """Tell which version an endpoint has gone over to."""
+    before, after = old.serving, new.serving
+    if after is None or before is None or not after.version or before.version in (None, after.version):
+        return []
+    return [("Normal", "VersionChanged", f"{after.url} answers with version {after.version}, after {before.version}")]
 
 
 def _select_attempt_events(old: Previous, new: Previous) -> list[tuple[str, str, str]]:

@@ -276,6 +276,17 @@ def test_a_source_that_does_not_answer_is_told_once_although_nobody_has_to_act_y
     assert select_events(second, second) == []
 
 
+def test_an_endpoint_that_goes_over_to_another_version_is_news():
+    def serve(version):
+        return FineTuneJobStatus.model_validate({"serving": {"ready": True, "url": "http://e", "version": version}})
+
+    ((kind, reason, message),) = select_events(serve("older"), serve("newer"))
+    assert (kind, reason) == ("Normal", "VersionChanged")
+    assert "version newer, after older" in message
+    assert select_events(serve("newer"), serve("newer")) == []
+    assert select_events(FineTuneJobStatus(), serve("newer")) == []
+
+
 @given(
     state=st.sampled_from(["Pending", "Training", "Suspended", "Deploying", "Succeeded", "Failed"]),
     is_stalled=st.booleans(),

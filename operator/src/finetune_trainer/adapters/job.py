@@ -22,9 +22,10 @@ from finetune_trainer.adapters.folder import read_adapter
 from finetune_trainer.adapters.profile import COMPOSITION, Profile, check_settings, read_profile
 from finetune_trainer.adapters.sources import fetch_adapter
 from finetune_trainer.errors import TrainerError
-from finetune_trainer.evaluation.evaluate import find_promoted, read_holdout
+from finetune_trainer.evaluation.evaluate import read_holdout
 from finetune_trainer.promotion import promoted
 from finetune_trainer.promotion.promote import ADAPTER
+from finetune_trainer.promotion.promoted import find_promoted
 from finetune_trainer.reporting import emit, write_json
 from finetune_trainer.storage import Access
 from finetune_trainer.training import modeling

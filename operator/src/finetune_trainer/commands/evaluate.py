@@ -54,7 +54,8 @@ def run(args: argparse.Namespace) -> int:
     others = fetch_models(settings)
     plain.prepare_libraries()
 
-    from finetune_trainer.evaluation.evaluate import evaluate, find_promoted, read_digest
+    from finetune_trainer.evaluation.evaluate import evaluate, read_digest
+    from finetune_trainer.promotion.promoted import find_promoted
 
     folder = pathlib.Path(args.promoted) if args.promoted else find_promoted(settings)
     sides = evaluate(settings, folder, others)

@@ -77,11 +77,13 @@ def _choose(args: argparse.Namespace) -> _Served:
     if args.adapter is not None:
         raise TrainerError(Reason.INVALID_CONFIG, ExitCode.USAGE, "--adapter without --promoted", "Add --promoted DIR.")
     settings: RunConfig = plain.load_settings(args)
-    from finetune_trainer.adapters.job import find_served
-    from finetune_trainer.evaluation.evaluate import find_promoted
+    # Before anything is imported that takes seconds: a folder that is damaged is told of at once.
+    folder = promoted.find_promoted(settings)
+    model, adapter_folder = folder, None
+    if settings.composition.digest:
+        from finetune_trainer.adapters.job import find_served
 
-    folder = find_promoted(settings)
-    model, adapter_folder = find_served(settings) if settings.composition.digest else (folder, None)
+        model, adapter_folder = find_served(settings)
     version = str(promoted.read_manifest(folder)["digest"])
     version += f".{settings.composition.digest}" if adapter_folder is not None else ""
     name = args.name or settings.serving.model_name or folder.name

@@ -17,6 +17,7 @@ from finetune_trainer.evaluation.refusal_rates import TASK as REFUSALS
 from finetune_trainer.evaluation.refusal_rates import JudgedAnswer, measure_refusals
 from finetune_trainer.evaluation.samples import Sample, answer_samples, choose_samples, write_samples
 from finetune_trainer.promotion import promoted
+from finetune_trainer.promotion.promoted import find_promoted
 from finetune_trainer.reporting import emit
 from finetune_trainer.training import modeling, tokens
 from finetune_trainer.training.inputs import find_dataset
@@ -55,24 +56,6 @@ def evaluate(run: RunConfig, folder: pathlib.Path, others: Mapping[str, pathlib.
 def read_digest(folder: pathlib.Path) -> str:
     """Return the digest of a promoted model; empty for a folder that is none."""
     return str(promoted.read_manifest(folder)["digest"]) if (folder / promoted.MANIFEST).exists() else ""
-
-
-def find_promoted(run: RunConfig) -> pathlib.Path:
-    """Return the folder of the promoted model: by digest, or the only one there is. Raises TrainerError."""
-    workspace = Workspace(pathlib.Path(run.workspace))
-    folder = workspace.promoted_model(run.promotion.digest) if run.promotion.digest else None
-    if folder is None:
-        found = sorted(path.parent for path in workspace.output.glob(f"*/{promoted.MANIFEST}"))
-        if len(found) != 1:
-            raise TrainerError(
-                Reason.MODEL_NOT_FOUND,
-                ExitCode.NO_INPUT,
-                f"{workspace.output} has {len(found)} promoted models and no digest was given",
-                "Run `finetune-trainer promote` first, or add --set promotion.digest=DIGEST.",
-            )
-        folder = found[0]
-    promoted.read_manifest(folder)
-    return folder
 
 
 def read_holdout(run: RunConfig) -> tokens.TokenizedRows:

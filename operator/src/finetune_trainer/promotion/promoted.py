@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from finetune_contract.reports import ExitCode, Reason
+from finetune_contract.run_config import RunConfig
+from finetune_contract.workspace import Workspace
 from finetune_trainer.checkpoints.manifest import FileEntry, seal_files, sync_folder
 from finetune_trainer.errors import TrainerError
 from finetune_trainer.reporting import write_json
@@ -59,6 +61,24 @@ def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
         if not path.is_file() or path.stat().st_size != entry.size:
             raise _invalid(folder, f"{name} is missing or has another size")
     return manifest
+
+
+def find_promoted(run: RunConfig) -> pathlib.Path:
+    """Return the folder of the promoted model: by digest, or the only one there is. Raises TrainerError."""
+    workspace = Workspace(pathlib.Path(run.workspace))
+    folder = workspace.promoted_model(run.promotion.digest) if run.promotion.digest else None
+    if folder is None:
+        found = sorted(path.parent for path in workspace.output.glob(f"*/{MANIFEST}"))
+        if len(found) != 1:
+            raise TrainerError(
+                Reason.MODEL_NOT_FOUND,
+                ExitCode.NO_INPUT,
+                f"{workspace.output} has {len(found)} promoted models and no digest was given",
+                "Run `finetune-trainer promote` first, or add --set promotion.digest=DIGEST.",
+            )
+        folder = found[0]
+    read_manifest(folder)
+    return folder
 
 
 def _invalid(folder: pathlib.Path, problem: str) -> TrainerError:
