@@ -17,7 +17,6 @@ from finetune_trainer.evaluation.refusal_rates import TASK as REFUSALS
 from finetune_trainer.evaluation.refusal_rates import JudgedAnswer, measure_refusals
 from finetune_trainer.evaluation.samples import Sample, answer_samples, choose_samples, write_samples
 from finetune_trainer.promotion import promoted
-from finetune_trainer.promotion.promoted import find_promoted
 from finetune_trainer.reporting import emit
 from finetune_trainer.training import modeling, tokens
 from finetune_trainer.training.inputs import find_dataset
