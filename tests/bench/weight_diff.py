@@ -8,6 +8,7 @@ its own that makes the diff once and recovers the model once; both models are in
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import filecmp
 import os
 import pathlib
@@ -64,9 +65,14 @@ def main() -> int:
         packed = sum(facts.size for facts in record.files.values())
         whole = sum(path.stat().st_size for path in tuned.glob("*.safetensors"))
     results = [
-        Result("peak_memory_bytes", max(ours[1], ours[3]), "bytes", "load everything", max(theirs[1], theirs[3])),
-        Result("make_seconds", ours[0], "s", "load everything", theirs[0]),
-        Result("recover_seconds", ours[2], "s", "load everything", theirs[2]),
+        Result("peak_memory_bytes", _peak(ours), "bytes", "load everything", _peak(theirs)),
+        *(
+            Result(
+                f"{action}_{name}", getattr(ours[action], name), "s", "load everything", getattr(theirs[action], name)
+            )
+            for action in ("make", "recover")
+            for name in ("seconds", "processor_seconds")
+        ),
         Result("diff_bytes", packed, "bytes", "the tuned weights", whole),
     ]
     write_results("weight-diff", results)
@@ -93,33 +99,53 @@ def _write_models(root: pathlib.Path, gib: float) -> None:
             save_file(tensors, folder / f"model-{shard + 1:05d}-of-{NUM_SHARDS:05d}.safetensors", {"format": "pt"})
 
 
-def _measure_ours(root: pathlib.Path, base: pathlib.Path, tuned: pathlib.Path) -> tuple[float, int, float, int]:
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What one process took."""
+
+    seconds: float
+    """Until all was on the disk."""
+    processor_seconds: float
+    peak_bytes: int
+    """Highest resident memory."""
+
+
+Costs = dict[str, Cost]
+"""By `make` and `recover`."""
+
+
+def _peak(costs: Costs) -> int:
+    return max(cost.peak_bytes for cost in costs.values())
+
+
+def _measure_ours(root: pathlib.Path, base: pathlib.Path, tuned: pathlib.Path) -> Costs:
     program = (sys.executable, "-m", "finetune_trainer", "weight-diff")
     made = _time(*program, "make", "--base", base, "--tuned", tuned, "--out", root / "diff")
     recovered = root / "recovered"
     back = _time(*program, "recover", "--base", base, "--diff", root / "diff", "--out", recovered)
     _require_equal(tuned, recovered)
-    return *made, *back
+    return {"make": made, "recover": back}
 
 
-def _measure_baseline(root: pathlib.Path, base: pathlib.Path, tuned: pathlib.Path) -> tuple[float, int, float, int]:
+def _measure_baseline(root: pathlib.Path, base: pathlib.Path, tuned: pathlib.Path) -> Costs:
     program = (sys.executable, "-c", _LOAD_EVERYTHING)
     diff, recovered = root / "whole-diff", root / "whole-recovered"
     made = _time(*program, "make", base, tuned, diff)
     back = _time(*program, "recover", base, diff, recovered)
     _require_equal(tuned, recovered)
-    return *made, *back
+    return {"make": made, "recover": back}
 
 
-def _time(*command: object) -> tuple[float, int]:
-    """Return seconds until all is on the disk, and the highest resident memory in bytes."""
+def _time(*command: object) -> Cost:
+    """Run a process and return what it took."""
     started = time.monotonic()
     process = subprocess.Popen([str(part) for part in command], stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     os.sync()
     if status:
         raise SystemExit(f"failed: {command}")
-    return time.monotonic() - started, usage.ru_maxrss * 1024
+    seconds = time.monotonic() - started
+    return Cost(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
 
 
 def _require_equal(tuned: pathlib.Path, recovered: pathlib.Path) -> None:

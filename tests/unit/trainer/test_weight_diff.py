@@ -63,15 +63,38 @@ def diff(tmp_path, base, tuned, monkeypatch):
 
 
 BIT_PATTERNS = strategies.sampled_from(["u1", "<u2", "<u4", "<u8"]).flatmap(
-    lambda dtype: strategies.tuples(arrays.arrays(dtype, 37), arrays.arrays(dtype, strategies.integers(0, 37)))
+    lambda dtype: strategies.integers(0, 37).flatmap(
+        lambda length: strategies.tuples(
+            arrays.arrays(dtype, length), arrays.arrays(dtype, strategies.integers(0, length))
+        )
+    )
 )
+TYPES = {1: "U8", 2: "BF16", 4: "F32", 8: "F64"}
 
 
 @hypothesis.given(BIT_PATTERNS)
 def test_any_bits_come_back(sides):
     tuned, base = sides
-    dtype = {1: "U8", 2: "BF16", 4: "F32", 8: "F64"}[tuned.dtype.itemsize]
-    assert (bits.decode(base, bits.encode(base, tuned), dtype) == tuned).all()
+    dtype = TYPES[tuned.dtype.itemsize]
+    packed = bits.encode(base, tuned)
+    assert packed.size == bits.count_packed(len(tuned), dtype)
+    assert (bits.decode(base, packed.tobytes(), len(tuned), dtype) == tuned).all()
+
+
+@pytest.mark.parametrize("width", TYPES)
+@pytest.mark.parametrize("length", [(1 << 16) - 1, 1 << 16, (1 << 16) + 3, 200_000])
+def test_bits_come_back_over_the_borders_of_blocks(numbers, width, length):
+    tuned, base = (numbers.integers(0, 256, size=length * width, dtype="u1").view(f"<u{width}") for _ in range(2))
+    packed = bits.encode(base[: length - 5], tuned)
+    assert (bits.decode(base[: length - 5], packed.tobytes(), length, TYPES[width]) == tuned).all()
+
+
+def test_small_differences_fill_few_planes(numbers):
+    base = numbers.integers(0, 1 << 15, size=4096, dtype="<u2")
+    packed = bits.encode(base, base + numbers.integers(-2, 3, size=4096).astype("<u2"))
+    # Numbers from -2 to 2 are 0 to 4 in zigzag coding: three bits of sixteen.
+    assert not packed[3 * 512 :].any()
+    assert packed[: 3 * 512].any()
 
 
 def test_a_float_is_rounded_to_the_even_bfloat16():

@@ -1,6 +1,6 @@
 """The record of a weight diff, `weight-diff.json`: what it was made from, and how to undo it.
 
-- `version`: 1; `stretchElements`: elements of a tensor that are coded together.
+- `version`: 2; `stretchElements`: elements of a tensor that are coded together.
 - `base`, `tuned`: `name` of the folder and `digest` of its tensors, whatever files they are spread over.
 - `tensors`, by name: `dtype`, `shape` and `sha256` of the tuned bytes; `base` with the same of the base's, absent for a
   tensor that only the tuned model has; `file`, `offset` and `frames`, the compressed length of each stretch.
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 NAME = "weight-diff.json"
 COMPANIONS = "companions"
 """Folder of the tuned model's other files."""
-VERSION = 1
+VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from finetune_contract.reports import ExitCode, Reason
 from finetune_trainer.checkpoints import disk
 from finetune_trainer.errors import TrainerError
-from finetune_trainer.safetensors_header import ITEM_BYTES, LENGTH_BYTES, HeaderError, parse_header
+from finetune_trainer.safetensors_header import LENGTH_BYTES, HeaderError, parse_header
 from finetune_trainer.storage.transfer import hash_file
 from finetune_trainer.weight_diff import bits
 from finetune_trainer.weight_diff.ahead import map_ahead
@@ -106,7 +106,7 @@ class _Sources:
             yield last
 
     def _decode(self, entry: TensorDiff, base: Tensor | None, name: str) -> Iterator[tuple[bytearray, memoryview]]:
-        width = ITEM_BYTES[entry.tuned.dtype]
+        dtype = entry.tuned.dtype
         num_elements = math.prod(entry.tuned.shape)
         path = self._diff / entry.file
         with open(path, "rb") as packed, open(base.file if base else path, "rb") as file:
@@ -121,13 +121,13 @@ class _Sources:
             def unpack(item: tuple[bytearray, bytes, int]) -> tuple[bytearray, memoryview]:
                 theirs, frame, count = item
                 try:
-                    plain = self._codec.decompress(frame, count * width, asbytes=True)
+                    plain = self._codec.decompress(frame, bits.count_packed(count, dtype), asbytes=True)
                 except (OSError, ValueError) as error:
                     raise _damaged(path, f"a stretch of tensor {name} cannot be decompressed") from error
-                before = bits.view_bits(b"", entry.tuned.dtype)
+                before = bits.view_bits(b"", dtype)
                 if base is not None:
-                    before = bits.convert(bits.view_bits(theirs, base.dtype), base.dtype, entry.tuned.dtype)[:count]
-                return theirs, memoryview(bits.decode(before, plain, entry.tuned.dtype)).cast("B")
+                    before = bits.convert(bits.view_bits(theirs, base.dtype), base.dtype, dtype)[:count]
+                return theirs, memoryview(bits.decode(before, plain, count, dtype)).cast("B")
 
             yield from map_ahead(unpack, read_all())
 
