@@ -1,5 +1,6 @@
 """What a job's pod composes: its adapters over the model that it promoted, checked, measured, and found again."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -7,11 +8,13 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
 
 from finetune_contract.reports import ExitCode
 from finetune_contract.run_config import CompositionConfig, DatasetConfig, RunConfig, Source
 from finetune_trainer.adapters.base import read_model_base
 from finetune_trainer.adapters.job import find_served
+from finetune_trainer.checkpoints.manifest import MANIFEST, list_files, read_manifest, seal_files, write_manifest
 from finetune_trainer.errors import TrainerError
 from finetune_trainer.serving.generate import Generator
 from finetune_trainer.training import modeling
@@ -158,3 +161,24 @@ def test_nothing_to_measure_on_is_refused(full, tmp_path):
     words = (name_adapters((polite, {"name": "polite"})), "evaluation.holdout=false")
     assert run.call("compose", *words) == ExitCode.CONFIG
     assert "nothing to measure the composition on" in run.report("compose")["message"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [(lambda tensor: tensor[:0], "is empty"), (torch.zeros_like, "the adapter changes nothing")],
+)
+def test_an_adapter_saved_empty_is_never_promoted(make_run, change, said):
+    """As partitioned weights are saved by those who do not gather them."""
+    lora = ("training.method=lora", "training.lora_rank=4", "training.zero_stage=2")
+    run = make_run("llama", "lora", *lora)
+    run.train(*STEPS)
+    folder = run.workspace.checkpoints / "checkpoint-4"
+    manifest = read_manifest(folder)
+    path = folder / "adapter_model.safetensors"
+    save_file({name: change(tensor).contiguous() for name, tensor in load_file(path).items()}, path)
+    (folder / MANIFEST).unlink()
+    write_manifest(folder, dataclasses.replace(manifest, files=seal_files(folder, list_files(folder))))
+
+    assert run.call("promote") == ExitCode.INTERNAL
+    assert said in run.report("promote")["message"]
+    assert list(run.workspace.output.iterdir()) == []

@@ -100,7 +100,7 @@ def _has_tasks_for_contamination(spec: FineTuneJobSpec) -> bool:
 
 def _can_measure_adapters(spec: FineTuneJobSpec) -> bool:
     has_rows = spec.evaluation.holdout and spec.dataset.holdout_fraction > 0
-    return not spec.inference.adapters or has_rows or bool(spec.evaluation.tasks)
+    return not spec.inference.adapters or has_rows or bool(spec.evaluation.tasks) or spec.evaluation.refusals
 
 
 class FineTuneJobSpec(Model):
@@ -180,7 +180,7 @@ class FineTuneJobSpec(Model):
         ),
         Rule(
             "!has(self.inference.adapters) || size(self.inference.adapters) == 0"
-            " || (has(self.evaluation.tasks) && size(self.evaluation.tasks) > 0)"
+            " || (has(self.evaluation.tasks) && size(self.evaluation.tasks) > 0) || self.evaluation.refusals"
             " || (self.evaluation.holdout && self.dataset.holdoutFraction > 0.0)",
             "a composition is measured before it is served: set evaluation.holdout with a holdoutFraction above 0, or "
             "name evaluation.tasks",

@@ -77,7 +77,9 @@ def compose_for_job(run: RunConfig) -> Composed:
         shutil.rmtree(downloads, ignore_errors=True)
     tokenizer = modeling.load_tokenizer(model_folder, run.trust_remote_code)
     tasks = measuring.Tasks(run.evaluation.tasks, run.evaluation.limit, workspace.root)
-    measurement = measuring.measure(sides, tokenizer, _read_rows(run), tasks)
+    template, limit = run.dataset.prompt_template, run.evaluation.limit
+    questions = measuring.Questions(template, limit) if run.evaluation.refusals else None
+    measurement = measuring.measure(sides, tokenizer, _read_rows(run), tasks, questions)
     write_json(folder / measuring.NAME, measurement.to_dict(profile, results["digest"]))
     return Composed(profile, folder, model, results["rank"], results["largestError"], measurement)
 
@@ -146,7 +148,7 @@ def _write(workspace: Workspace, profile: Profile, parts: Sequence[Part]) -> tup
 def _read_rows(run: RunConfig) -> Any:
     if run.evaluation.holdout and run.dataset.holdout_fraction > 0:
         return read_holdout(run)
-    if run.evaluation.tasks:
+    if run.evaluation.tasks or run.evaluation.refusals:
         return None
     raise TrainerError(
         Reason.INVALID_CONFIG,
