@@ -352,7 +352,8 @@ def _parse_record(item: Mapping[str, Any] | None) -> Record:
 
 
 def _is_stuck(pod: Pod) -> bool:
-    return pod.phase == "Pending" and bool(pod.node) and pod.exit is None
+    is_silent = pod.component == Phase.SERVE and pod.phase == "Running" and not pod.has("Ready")
+    return is_silent or (pod.phase == "Pending" and bool(pod.node) and pod.exit is None)
 
 
 def _has_no_pods(job: Job, observed: Observed) -> bool:

@@ -56,6 +56,8 @@ DEPLOYING = Situation("Deploying", Reason.DEPLOYING, "the endpoint is starting",
 CRASH_REASONS = frozenset({"CrashLoopBackOff"})
 PROVING_SECONDS = 30
 """How long a version must have had the traffic before the one before it goes."""
+SILENT_SECONDS = 60
+"""After how long a server that is not ready yet is quoted with what its probe said."""
 KEPT_VERSIONS = 3
 """Versions without pods that an endpoint keeps to go back to."""
 _EXPLAIN_ONE_NODE = (
@@ -250,7 +252,10 @@ def _describe(view: View, target: Target) -> Situation:
     if crashed is not None:
         message = f"version {target.served.digest}: {explain_crash(crashed)}{_tell_live(view)}"
         return dataclasses.replace(DEPLOYING, reason=Reason.ENDPOINT_UNHEALTHY, message=message, is_stalled=True)
-    return DEPLOYING
+    silent = next((pod for pod in pods if view.seconds_since(pod.started_at) > SILENT_SECONDS), None)
+    warning = view.observed.warnings.get(silent.uid, "") if silent is not None and not silent.has("Ready") else ""
+    told = f": {warning}" if warning else ""
+    return dataclasses.replace(DEPLOYING, message=f"{DEPLOYING.message}{told}{_tell_live(view)}")
 
 
 def _tell_live(view: View) -> str:

@@ -21,8 +21,6 @@ def view_version(item: Json) -> Version:
     meta, spec, status = item["metadata"], item.get("spec", {}), item.get("status", {})
     labels, annotations = meta.get("labels") or {}, meta.get("annotations") or {}
     wanted = spec.get("replicas", 1)
-    is_current = status.get("observedGeneration", 0) >= meta.get("generation", 0)
-    updated, available = status.get("updatedReplicas", 0), status.get("availableReplicas", 0)
     pod = (spec.get("template") or {}).get("spec") or {}
     container: Json = next(iter(pod.get("containers") or ()), {})
     return Version(
@@ -36,10 +34,21 @@ def view_version(item: Json) -> Version:
         workspace=_view_workspace(pod, container),
         replicas=wanted,
         ready_replicas=status.get("readyReplicas", 0),
-        is_ready=is_current and updated >= wanted and available >= wanted and status.get("replicas", 0) == wanted,
+        is_ready=_is_ready(item, wanted),
         created_at=to_time(meta.get("creationTimestamp") or ""),
         is_deleting=bool(meta.get("deletionTimestamp")),
     )
+
+
+def _is_ready(item: Json, wanted: int) -> bool:
+    """Do all pods answer, or of an autoscaled version as many as there must be at the least?"""
+    meta, status = item["metadata"], item.get("status", {})
+    least = (meta.get("annotations") or {}).get(naming.ANNOTATION_LEAST)
+    is_current = status.get("observedGeneration", 0) >= meta.get("generation", 0)
+    updated, available = status.get("updatedReplicas", 0), status.get("availableReplicas", 0)
+    if least is not None:
+        return bool(is_current and min(updated, available) >= min(int(least), wanted))
+    return bool(is_current and min(updated, available) >= wanted == status.get("replicas", 0))
 
 
 def _view_workspace(pod: Json, container: Json) -> tuple[str, str]:

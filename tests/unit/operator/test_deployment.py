@@ -496,3 +496,15 @@ def test_a_model_too_large_for_its_gpus_is_refused_with_the_numbers():
 )
 def test_a_server_that_crashes_is_quoted(ended, said):
     assert said in explain_crash(dataclasses.replace(make_pod(make_smoke_job("x")), last_exit=ended))
+
+
+def test_a_server_that_takes_long_to_start_is_quoted_with_its_probe():
+    version = make_version(is_ready=False, ready_replicas=0)
+    pod = dataclasses.replace(make_pod(make_smoke_job(version.label)), version=version.label)
+    world = {"endpoint": make_endpoint(OTHER), "versions": (version, OTHER), "serving_pods": (pod,)}
+    world |= {"jobs": (make_smoke_job(version.label),), "warnings": {pod.uid: "Startup probe failed: HTTP 503"}}
+    step = look(**world, now=NOW + seconds(10))
+    assert step.situation.message == "the endpoint is starting; older of job earlier still answers"
+    step = look(**world, now=NOW + seconds(100))
+    assert (step.situation.reason, step.situation.is_stalled) == ("Deploying", False)
+    assert "Startup probe failed: HTTP 503" in step.situation.message

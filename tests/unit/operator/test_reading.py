@@ -178,6 +178,13 @@ def test_an_endpoint_is_ready_when_all_its_pods_are_new_and_answer(status, is_re
     assert view_endpoint(service, []).is_ready is False
 
 
+@pytest.mark.parametrize(("available", "is_ready"), [(1, False), (2, True), (4, True)])
+def test_an_autoscaled_version_is_ready_with_its_least_number_of_pods(available, is_ready):
+    meta = {"name": "e", "annotations": {"finetune.dev/least-replicas": "2"}}
+    status = {"replicas": available, "updatedReplicas": available, "availableReplicas": available}
+    assert view_version({"metadata": meta, "spec": {"replicas": 4}, "status": status}).is_ready is is_ready
+
+
 def test_an_endpoint_tells_which_version_is_live_and_what_was_measured():
     service = {
         "metadata": {

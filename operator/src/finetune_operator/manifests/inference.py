@@ -144,11 +144,14 @@ def _build_deployment(plan: Plan, served: Served, pod: dict[str, Any], start_sec
     selected = _select(plan, served.label)
     labels = {**settings.labels, **build_labels(plan, Phase.SERVE), **selected, **_label_workspace(plan)}
     # With an autoscaler the number is its own: applied here, it would be set back on every pass.
-    replicas = {} if plan.serving.autoscaling else {"replicas": plan.serving.replicas}
+    replicas, metadata = {"replicas": plan.serving.replicas}, _metadata(plan, served)
+    if plan.serving.autoscaling is not None:
+        replicas = {}
+        metadata["annotations"][naming.ANNOTATION_LEAST] = str(plan.serving.least_replicas)
     return {
         "apiVersion": "apps/v1",
         "kind": "Deployment",
-        "metadata": _metadata(plan, served),
+        "metadata": metadata,
         "spec": {
             **replicas,
             "selector": {"matchLabels": selected},
