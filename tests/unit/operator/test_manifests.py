@@ -52,7 +52,8 @@ def all_jobs(plan):
 
 def all_pods(plan):
     deployment = build_served(plan, RECORD).objects[1]
-    return [each["spec"]["template"]["spec"] for each in (*all_jobs(plan), deployment)]
+    smoke = build_smoke_job(plan, "abc123-0000", "server:1", 300)
+    return [each["spec"]["template"]["spec"] for each in (*all_jobs(plan), deployment, smoke)]
 
 
 def requirements(pod):
