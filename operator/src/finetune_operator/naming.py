@@ -69,7 +69,7 @@ class Names:
         return f"{self.job}-train"
 
     def phase_job(self, phase: str) -> str:
-        """Name of the Job of a phase that runs once; also that of its ConfigMap."""
+        """Name of the Job of a phase that runs once; that of its ConfigMap begins so."""
         return f"{self.job}-{phase}"
 
     def compose_job(self, request: str) -> str:

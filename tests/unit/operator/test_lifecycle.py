@@ -72,7 +72,8 @@ def test_what_an_earlier_job_of_the_name_left_is_waited_for():
 def test_inspect_comes_first_and_mounts_no_workspace():
     step = look(plan := make_test_plan(), make_observed(plan))
     assert isinstance(step, Create)
-    assert names_of(step) == [("ConfigMap", "support-7b-inspect"), ("Job", "support-7b-inspect")]
+    (kind, name), job = names_of(step)
+    assert (kind, name[:19], job) == ("ConfigMap", "support-7b-inspect-", ("Job", "support-7b-inspect"))
     assert "persistentVolumeClaim" not in str(step.objects[1])
 
 
@@ -649,3 +650,19 @@ def test_a_weight_diff_alone_is_a_reason_to_publish():
     step = look(plan, make_observed(plan, make_record(*EVALUATED, claim_uid="claim")))
     assert names_of(step)[1] == ("Job", "support-7b-publish")
     assert '"weight_diff": true' in step.objects[0]["data"]["run.json"]
+
+
+def test_a_phase_that_is_made_anew_after_a_change_of_the_spec_has_the_new_settings():
+    before = make_test_plan(
+        promotion={"weightDiff": {"enabled": True}, "destinations": [{"destination": "s3://b/out"}]}
+    )
+    after = make_test_plan(promotion={"destinations": [{"destination": "s3://b/out"}]})
+    maps = []
+    for plan in (before, after, after):
+        config_map, job = look(plan, make_observed(plan, make_record(*EVALUATED, claim_uid="claim"))).objects
+        (volume,) = [each for each in job["spec"]["template"]["spec"]["volumes"] if "configMap" in each]
+        assert volume["configMap"]["name"] == config_map["metadata"]["name"]
+        assert job["metadata"]["name"] == "support-7b-publish"
+        maps.append(config_map["metadata"]["name"])
+    # One that exists is left alone, so other settings need another name.
+    assert maps[0] != maps[1] == maps[2]

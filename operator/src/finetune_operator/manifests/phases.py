@@ -6,6 +6,7 @@ Kubernetes retries them by itself, with its own backoff, as long as the exit cod
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import Any
 
 from finetune_contract.reports import ExitCode, Phase
@@ -40,17 +41,28 @@ def build_phase(
     plan: Plan, phase: Phase, record: Record, progress_ca: str, name: str = ""
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the ConfigMap and the Job of a phase; `name` for one that runs more than once."""
+    config_map = _build_settings(plan, phase, record, progress_ca, name)
     name = name or plan.names.phase_job(phase)
-    run = build_run_config(plan, record)
-    if record.has_done(Phase.TRAIN):
-        run = dataclasses.replace(run, history=build_history(plan, record))
-    config_map = build_run_config_map(plan, name, phase, run, progress_ca)
-    pod_spec = build_pod_spec(plan, _container(plan, phase, record, name))
+    pod_spec = build_pod_spec(plan, _container(plan, phase, record, config_map["metadata"]["name"]))
     pod_spec["terminationGracePeriodSeconds"] = GRACE_SECONDS
     job = build_job(plan, name, phase, _retry_spec(), pod_spec)
     if phase is Phase.INSPECT:
         job["metadata"]["annotations"] = {naming.ANNOTATION_SOURCES: plan.source_digest}
     return config_map, job
+
+
+def _build_settings(plan: Plan, phase: Phase, record: Record, progress_ca: str, name: str) -> dict[str, Any]:
+    """Return the ConfigMap of a phase, named by what it says unless it has a name: it is made once, and after a change
+    of the spec there is another one. What is only told of the past has no part in its name.
+    """
+    run = build_run_config(plan, record)
+    if not name:
+        settings = build_run_config_map(plan, name, phase, run, progress_ca)["data"]
+        digest = naming.short_digest(json.dumps(settings, sort_keys=True), 8)
+        name = f"{plan.names.phase_job(phase)}-{digest}"
+    if record.has_done(Phase.TRAIN):
+        run = dataclasses.replace(run, history=build_history(plan, record))
+    return build_run_config_map(plan, name, phase, run, progress_ca)
 
 
 def _retry_spec() -> dict[str, Any]:
