@@ -155,6 +155,14 @@ def test_adapters_of_a_lora_job_s_promoted_model_go_over_that(make_run, tmp_path
     assert model.name in read_model_base(model).digests
 
 
+def test_a_composition_is_asked_what_it_refuses_where_the_job_asks_its_model(full, tmp_path):
+    run, model = full
+    polite = write_adapter(model, tmp_path / "polite")
+    asked = ("evaluation.refusals=true", "evaluation.limit=2", "evaluation.holdout=false")
+    assert run.call("compose", name_adapters((polite, {"name": "polite"})), *asked) == 0
+    assert set(run.report("compose")["details"]["scores"]) == {"refusals"}
+
+
 def test_nothing_to_measure_on_is_refused(full, tmp_path):
     run, model = full
     polite = write_adapter(model, tmp_path / "polite")

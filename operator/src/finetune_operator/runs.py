@@ -225,7 +225,7 @@ def resolve_secrets(spec: FineTuneJobSpec) -> dict[Phase, tuple[Mapping[str, Any
         Phase.PROMOTE: (),
         Phase.EVALUATE: (*model, *evaluated, *tasks),
         Phase.PUBLISH: tuple(found for group in destinations for found in group),
-        Phase.COMPOSE: tuple(found for group in adapters for found in group),
+        Phase.COMPOSE: (*(found for group in adapters for found in group), *tasks),
         Phase.SERVE: (),
     }
 

@@ -23,6 +23,7 @@ from finetune_trainer.adapters.profile import COMPOSITION, Profile, check_settin
 from finetune_trainer.adapters.sources import fetch_adapter
 from finetune_trainer.errors import TrainerError
 from finetune_trainer.evaluation.evaluate import read_holdout
+from finetune_trainer.evaluation.task_files import fetch_tasks
 from finetune_trainer.promotion import promoted
 from finetune_trainer.promotion.promote import ADAPTER
 from finetune_trainer.promotion.promoted import find_promoted
@@ -76,7 +77,8 @@ def compose_for_job(run: RunConfig) -> Composed:
     finally:
         shutil.rmtree(downloads, ignore_errors=True)
     tokenizer = modeling.load_tokenizer(model_folder, run.trust_remote_code)
-    tasks = measuring.Tasks(run.evaluation.tasks, run.evaluation.limit, workspace.root)
+    scored = fetch_tasks(run.evaluation.tasks, run.evaluation.tasks_secret_prefix, workspace.root)
+    tasks = measuring.Tasks(scored, run.evaluation.limit, workspace.root)
     template, limit = run.dataset.prompt_template, run.evaluation.limit
     questions = measuring.Questions(template, limit) if run.evaluation.refusals else None
     measurement = measuring.measure(sides, tokenizer, _read_rows(run), tasks, questions)
