@@ -113,7 +113,9 @@ def run(tmp_path):
         for line in [start(0), logged(2, 1), logged(4, 2), start(2, 4, 2), logged(4, 5, 2), logged(6, 6, 2)]
     ]
     workspace.metrics_log.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    base = {"source": "hf://acme/base", "revision": "c0ffee", "digest": "b" * 64, "license": "apache-2.0"}
+    base = {"source": "hf://acme/base", "revision": "c0ffee", "digest": "b" * 64}
+    workspace.base_model.mkdir(parents=True)
+    (workspace.base_model / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: en\n---\n# Base\n")
     report = {
         "rowsRead": 100,
         "rowsKept": 90,
@@ -315,6 +317,16 @@ def test_a_page_needs_no_part_but_the_frame():
     }
     empty |= {"versions": {}, "images": {}, "attempts": [], "scores": [], "samples": [], "missing": []}
     assert "<h1>Run report" in build_page(empty)
+
+
+@pytest.mark.parametrize(
+    "card", ["", "no front matter", "---\nlicense: [a\n---\n", "---\n- a\n---\n", "---\nlicense: 3\n---"]
+)
+def test_a_base_whose_card_says_nothing_of_a_licence_has_none(run, card):
+    settings, digest = run
+    workspace = Workspace(_root(settings))
+    (workspace.base_model / "README.md").write_text(card)
+    assert "license" not in build_report(workspace, settings, digest)["base"]
 
 
 class TestSamples:

@@ -28,6 +28,8 @@ def build_card(report: Mapping[str, Any]) -> str:
         eval_results=_list_results(report["scores"]) or None,
         library_name="transformers",
         license=report["base"].get("license"),
+        license_name=report["base"].get("license_name"),
+        license_link=report["base"].get("license_link"),
         model_name=_choose_name(report),
         pipeline_tag="text-generation",
         tags=["finetune-operator", "sft", *(["lora"] if report["training"].get("method") == "lora" else [])],

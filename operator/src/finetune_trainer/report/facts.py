@@ -12,6 +12,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import yaml
+
 from finetune_contract.run_config import RunConfig
 from finetune_contract.workspace import Workspace
 from finetune_trainer.data.output import PAGE
@@ -45,7 +47,7 @@ def build_report(workspace: Workspace, run: RunConfig | None, digest: str) -> di
         "createdAt": now_text(),
         "job": model.get("job") or (dataclasses.asdict(run.job) if run else {}),
         "model": _describe_model(workspace, model, digest),
-        "base": model.get("base_model") or _describe_base(workspace, run),
+        "base": (model.get("base_model") or _describe_base(workspace, run)) | _describe_license(workspace),
         "checkpoint": model.get("checkpoint") or {},
         "data": _describe_data(workspace, model, run),
         "training": model.get("training") or (dataclasses.asdict(run.training) if run else {}),
@@ -90,6 +92,19 @@ def _describe_model(workspace: Workspace, model: Mapping[str, Any], digest: str)
 def _describe_base(workspace: Workspace, run: RunConfig | None) -> dict[str, Any]:
     source = {"source": run.model.source, "revision": run.model.revision} if run else {}
     return source | read_object(workspace.base_model_manifest)
+
+
+def _describe_license(workspace: Workspace) -> dict[str, str]:
+    """Return what the base model's own card says of its licence; a tuned model cannot have less."""
+    # Here: the hub's library reads its environment when it is imported, which the torch commands still set.
+    from huggingface_hub.repocard import metadata_load
+
+    try:
+        found = metadata_load(workspace.base_model / "README.md")
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    names = ("license", "license_name", "license_link")
+    return {name: found[name] for name in names if isinstance(found, dict) and isinstance(found.get(name), str)}
 
 
 def _describe_data(workspace: Workspace, model: Mapping[str, Any], run: RunConfig | None) -> dict[str, Any]:

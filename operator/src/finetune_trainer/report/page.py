@@ -220,6 +220,7 @@ def _build_lineage(report: Mapping[str, Any]) -> str:
         ("Base model", base.get("source")),
         ("Base revision", base.get("revision")),
         ("Base digest", base.get("digest")),
+        ("Base licence", base.get("license")),
         ("Data digest", data.get("digest")),
         ("Data sources", "\n".join(data.get("sources") or ())),
         ("Prompt", data.get("promptTemplate")),
