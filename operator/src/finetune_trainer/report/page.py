@@ -21,6 +21,7 @@ _TOP = 12
 """Bars of one plot."""
 _STYLE = """
 .tiles{grid-template-columns:repeat(auto-fit,minmax(130px,1fr))}
+.tiles b{font-size:17px;white-space:nowrap}
 .tiles small{display:block;margin:0}
 .line{fill:none;stroke:var(--kept);stroke-width:1.7;stroke-linejoin:round}
 .line.lost{stroke:var(--removed);stroke-width:1.4}
