@@ -22,7 +22,8 @@ from tests.demo.tiny_llama import Shape
 NAME = "accent"
 KEY = f"adapters/{NAME}"
 RANK = 8
-STD = 0.05
+STD = 1.0
+"""Of the second factors: strong enough that the tiny model's answer is another one."""
 TIMEOUT_SECONDS = 300
 LOOK_SECONDS = 0.3
 
@@ -33,9 +34,9 @@ def write_adapter(folder: pathlib.Path, model: str, *, seed: int = 3) -> None:
     generator = np.random.default_rng(seed)
     tensors = {}
     for layer in range(shape.layers):
-        for name in ("q_proj", "v_proj"):
-            module = f"base_model.model.model.layers.{layer}.self_attn.{name}"
-            first = generator.normal(0.0, shape.hidden**-0.5, (RANK, shape.hidden))
+        for name, width in (("self_attn.o_proj", shape.hidden), ("mlp.down_proj", shape.intermediate)):
+            module = f"base_model.model.model.layers.{layer}.{name}"
+            first = generator.normal(0.0, width**-0.5, (RANK, width))
             second = generator.normal(0.0, STD, (shape.hidden, RANK))
             tensors[f"{module}.lora_A.weight"] = first.astype(np.float32)
             tensors[f"{module}.lora_B.weight"] = second.astype(np.float32)
@@ -46,7 +47,7 @@ def write_adapter(folder: pathlib.Path, model: str, *, seed: int = 3) -> None:
         "base_model_name_or_path": f"/workspace/output/{model}",
         "r": RANK,
         "lora_alpha": 2 * RANK,
-        "target_modules": ["q_proj", "v_proj"],
+        "target_modules": ["down_proj", "o_proj"],
     }
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=1, sort_keys=True))
 
