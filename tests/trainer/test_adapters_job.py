@@ -108,6 +108,29 @@ def test_what_is_served_answers_with_the_adapters_and_without_at_the_same_time(f
         find_served(settings)
 
 
+def test_the_server_answers_for_the_version_and_for_the_model_alone(full, tmp_path):
+    from fastapi.testclient import TestClient
+
+    from finetune_trainer.serving.server import build_app
+
+    _, model = full
+    base = Generator(model, promoted=model)
+    composed = base.share_with_adapter(write_adapter(model, tmp_path / "polite", std=0.4))
+    expected = {"tiny": ask(composed), "tiny-base": ask(base)}
+    with TestClient(build_app({"tiny": composed, "tiny-base": base}, "abc.def")) as client:
+        assert [each["id"] for each in client.get("/v1/models").json()["data"]] == ["tiny", "tiny-base"]
+        question = {"messages": [{"role": "user", "content": "What does list.opens do?"}], "max_tokens": 24}
+        for name, text in expected.items():
+            answer = client.post("/v1/chat/completions", json={"model": name, **question})
+            assert answer.json()["choices"][0]["message"]["content"] == text
+            assert answer.headers["x-model-digest"] == "abc.def"
+        refused = client.post("/v1/chat/completions", json={"model": "polite", **question})
+        assert refused.status_code == 400
+        assert "use one of tiny, tiny-base" in refused.text
+        assert client.get("/health").status_code == 200
+    assert expected["tiny"] != expected["tiny-base"]
+
+
 def test_an_adapter_of_another_base_is_refused_by_its_entry(full, models, tmp_path):
     run, model = full
     original = write_adapter(models["llama"], tmp_path / "original", base=f"/models/{'1' * 64}")
