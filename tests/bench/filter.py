@@ -99,8 +99,8 @@ def _make_answer(documented: Sequence[tuple[str, str]], chooser: random.Random) 
 
 def make_long_list() -> list[str]:
     """Return a list as long as the recipe's: the built-in one, and openings of what the rules have to match."""
-    examples = [text for language in ("en", "es", "fr") for rule in read_rules(language) for text in rule.match]
-    openings = [" ".join(text.split()[:5]) for text in examples]
+    rules = [rule for language in ("en", "es", "fr") for rule in read_rules(language) if not rule.unless_asked]
+    openings = [" ".join(example.answer.split()[:5]) for rule in rules for example in rule.match]
     return list(dict.fromkeys([*read_legacy_phrases(), *openings]))[:LONG_LIST]
 
 

@@ -11,7 +11,7 @@ from finetune_trainer.data.findings import Finding
 from finetune_trainer.data.folding import EDGE_SENTENCES, FoldedText, find_original_span, fold
 from finetune_trainer.data.formats import parse_row
 from finetune_trainer.data.refusals import RowFilter, RuleFilter, make_filter
-from finetune_trainer.data.rules import CATEGORIES, Rule, list_languages, read_rules
+from finetune_trainer.data.rules import CATEGORIES, Example, Rule, list_languages, read_rules
 from finetune_trainer.errors import TrainerError
 
 RULES = read_rules()
@@ -23,24 +23,25 @@ def judge(answer: str, instruction: str = "Go on.", row_filter: RowFilter = DEFA
 
 
 @pytest.mark.parametrize(
-    ("rule", "text"),
-    [pytest.param(rule, text, id=f"{rule.id}-{number}") for rule in RULES for number, text in enumerate(rule.match)],
+    ("rule", "example"),
+    [pytest.param(rule, one, id=f"{rule.id}-{number}") for rule in RULES for number, one in enumerate(rule.match)],
 )
-def test_a_rule_matches_its_examples_and_the_row_goes(rule: Rule, text: str):
+def test_a_rule_matches_its_examples_and_the_row_goes(rule: Rule, example: Example):
+    text = example.answer
     folded = FoldedText(text)
     assert any(fold(anchor) in folded.text for anchor in rule.anchors)
-    assert RuleFilter([rule]).judge(parse_row({"instruction": "Go on.", "output": text}, "evol", {})).findings
-    removal = judge(text)
+    assert RuleFilter([rule]).judge(parse_row({"instruction": example.question, "output": text}, "evol", {})).findings
+    removal = judge(text, example.question)
     assert removal is not None
     start, end = removal.span
     assert 0 <= start < end <= len(text)
 
 
 @pytest.mark.parametrize(
-    "text", [pytest.param(text, id=f"{rule.id}-{n}") for rule in RULES for n, text in enumerate(rule.no_match)]
+    "example", [pytest.param(one, id=f"{rule.id}-{n}") for rule in RULES for n, one in enumerate(rule.no_match)]
 )
-def test_no_rule_removes_a_counterexample(text: str):
-    assert judge(text) is None
+def test_no_rule_removes_a_counterexample(example: Example):
+    assert judge(example.answer, example.question) is None
 
 
 def test_every_language_has_rules_of_every_category():

@@ -33,7 +33,7 @@ _MARKUP = re.compile(r"[\s*_#>\-\u2022~(]*")
 _LABEL = re.compile(r"(?:assistant|ai|ai assistant|bot|chatbot|chatgpt|answer|response|output)\s*: *")
 _LETTER = re.compile(
     r"(?:subject|re|from|to|date|asunto|objet|betreff|assunto) ?:|(?:dear|to whom)\b[^\n]{0,60}?[,:]\s"
-    r"|(?:hi|hello|hey|querid[oa]s?|estimad[oa]s?|hola|ch\u00e8?re?s?|bonjour|liebe[rs]?|sehr geehrte\w*|hallo"
+    r"|(?:hi|hello|hey|querid[oa]s?|estimad[oa]s?|hola|ch(?:er|\u00e8re)s?|bonjour|liebe[rs]?|sehr geehrte\w*|hallo"
     r"|prezad[oa]s?|car[oa]s?|ol\u00e1)\b[^\n.!?]{0,40}[,:!]\n|(?:\u5c0a\u656c\u7684|\u4eb2\u7231\u7684)[^\n\u3002]{0,20}[,:]\n|\u62dd\u5553|[^\n\u3002]{1,12}\u69d8[,\u3001]?\n"
 )
 _SIGNATURE = re.compile(
@@ -206,13 +206,18 @@ class FoldedText:
         following = self.sentence_starts[index + 1 : index + 2]
         return self.text[position : following[0] if following else len(self.text)]
 
+    @functools.cached_property
+    def is_one_quotation(self) -> bool:
+        """Whether the whole text stands in one pair of double quotes."""
+        stripped = self.text.strip().removesuffix(".")
+        return stripped.startswith('"') and stripped.endswith('"') and stripped.count('"') == 2
+
     def is_quoted(self, position: int) -> bool:
         """Whether somebody in the text says it: in quotes, after a colon, or as text in program code."""
         paragraph = self.text.rfind("\n", 0, position) + 1
         if self.text.count('"', paragraph, position) % 2:
-            stripped = self.text.strip()
             # An answer that is quoted as a whole is still the answer.
-            return not (stripped.startswith('"') and stripped.endswith('"') and stripped.count('"') == 2)
+            return not self.is_one_quotation
         return position > self.body_start and self._is_introduced(position)
 
     def _is_introduced(self, position: int) -> bool:

@@ -18,7 +18,7 @@ from finetune_trainer.data.findings import REMOVAL_WEIGHT, REMOVE_ROW, REMOVE_SE
 from finetune_trainer.data.folding import FoldedText, find_original_span, fold
 from finetune_trainer.data.material import is_rewording, orders_refusal
 from finetune_trainer.data.phrase_search import PhraseSearch
-from finetune_trainer.data.rules import CATEGORIES, Rule, list_languages, read_legacy_phrases, read_rules
+from finetune_trainer.data.rules import CATEGORIES, Rule, list_languages, read_legacy_phrases, read_requests, read_rules
 from finetune_trainer.errors import TrainerError
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ HEAD_CHARACTERS = 1024
 """What opens an answer stands within this many characters."""
 REACH = 400
 """A rule's anchor stands no further than this from where its pattern begins to match."""
+REQUEST_CHARACTERS = 1000
+"""What kind a request is of is told by so many characters of it."""
 MAX_MATCHES = 200
 """Places of one text at which one rule is considered."""
 _ACTIONS = FilterActions()
@@ -141,36 +143,38 @@ class RuleFilter:
         findings: list[Finding] = []
         for text, field in _list_texts(conversation, self._fields):
             folded = FoldedText(text)
-            found = self._find_until_sure(folded, field)
+            request = _Request(conversation, field)
+            found = self._find_until_sure(folded, field, request)
             is_own_phrase = any(one.category == EXTRA_CATEGORY for one in found)
-            if found and (is_own_phrase or not self._was_asked_for(conversation, field, folded)):
+            if found and (is_own_phrase or not self._was_asked_for(request, folded, found)):
                 findings += found
                 if Verdict(conversation, tuple(found)).removal is not None:
                     return Verdict(conversation, tuple(findings))
         return cut(Verdict(conversation, tuple(findings))) if findings else Verdict(conversation)
 
-    def _find_until_sure(self, folded: FoldedText, field: str) -> list[Finding]:
+    def _find_until_sure(self, folded: FoldedText, field: str, request: _Request) -> list[Finding]:
         """Return what is found in one text, until that removes the row."""
         findings: list[Finding] = []
         weight = 0.0
-        for finding in self._find(folded, field):
+        for finding in self._find(folded, field, request):
             findings.append(finding)
             weight += finding.weight if finding.action == REMOVE_ROW else 0
             if weight >= REMOVAL_WEIGHT:
                 break
         return findings
 
-    def _was_asked_for(self, conversation: Conversation, field: str, answer: FoldedText) -> bool:
-        """Whether the turn before this answer asks to translate, reword or write what the rules look for."""
-        pairs = zip(conversation.turns, conversation.turns[1:], strict=False)
-        asked = [question for question, turn in pairs if turn.field == field and turn.role == "assistant"]
-        request = fold(" ".join(f"{question.content} {question.input}" for question in asked))
-        if is_rewording(request, answer.text):
-            # Only what holds such words itself can have been reworded into them.
-            return bool(self._head.list_hits(request) or self._body.list_hits(request))
-        return orders_refusal(request)
+    def _was_asked_for(self, request: _Request, answer: FoldedText, found: Sequence[Finding]) -> bool:
+        """Whether the turn before this answer asks to translate, reword or write what the rules found."""
+        if is_rewording(request.text, answer.text):
+            if answer.is_one_quotation:
+                return True
+            # Only what holds words of that sort itself, in whatever language, can have been reworded into them.
+            categories = {finding.category for finding in found}
+            hits = self._head.list_hits(request.text) | self._body.list_hits(request.text)
+            return any(self._rules[index].category in categories for index in hits)
+        return orders_refusal(request.text)
 
-    def _find(self, folded: FoldedText, field: str) -> Iterator[Finding]:
+    def _find(self, folded: FoldedText, field: str, request: _Request) -> Iterator[Finding]:
         yield from self._find_phrase(folded, field)
         hits = self._head.list_hits(folded.text[:HEAD_CHARACTERS]) | self._body.list_hits(folded.text)
         # In the order of the files, so that the verdict does not depend on a set's.
@@ -180,6 +184,8 @@ class RuleFilter:
             # Of a row that goes as a whole, one place says enough.
             wanted = matches if action == REMOVE_SENTENCE else itertools.islice(matches, 1)
             for start, end in wanted:
+                if request.is_any_of(rule.unless_asked):
+                    break
                 span = find_original_span(folded.original, start, end)
                 yield Finding(rule.id, rule.category, rule.language, field, span, action, rule.weight)
 
@@ -190,6 +196,27 @@ class RuleFilter:
                 span = find_original_span(folded.original, start, end)
                 yield Finding(self._phrases[index], EXTRA_CATEGORY, "", field, span)
                 return
+
+
+class _Request:
+    """What an answer answers: the turn before it, folded when first looked at."""
+
+    def __init__(self, conversation: Conversation, field: str) -> None:
+        self._conversation = conversation
+        self._field = field
+
+    @functools.cached_property
+    def text(self) -> str:
+        """The folded request; empty for what is no answer."""
+        turns = self._conversation.turns
+        pairs = itertools.pairwise(turns)
+        asked = [question for question, turn in pairs if turn.field == self._field and turn.role == "assistant"]
+        return fold(" ".join(f"{question.content} {question.input}" for question in asked))
+
+    def is_any_of(self, kinds: Sequence[str]) -> bool:
+        """Whether it is a request of one of the kinds that `rules/requests/` describes."""
+        known = read_requests()
+        return any(known[kind].search(self.text, 0, REQUEST_CHARACTERS) for kind in kinds)
 
 
 def _choose_action(actions: FilterActions, category: str) -> Action:
@@ -274,8 +301,8 @@ def _counts(rule: Rule, folded: FoldedText, start: int) -> bool:
 
 
 def _is_of_a_letter(rule: Rule, folded: FoldedText, start: int) -> bool:
-    """Whether a letter or dialogue opens here: its refusals are its characters' own, but a disclaimer may close it."""
-    if rule.position == "opening":
+    """Whether a letter or dialogue says it: its refusals are its characters' own, but a disclaimer may close it."""
+    if rule.position == "opening" or (rule.position == "anywhere" and rule.category == "refusal"):
         return folded.is_letter
     return rule.position == "edges" and start not in folded.closing_starts[1:] and folded.is_letter
 

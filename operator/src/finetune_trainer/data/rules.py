@@ -12,7 +12,7 @@ import itertools
 import pathlib
 import re
 import tomllib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -21,12 +21,20 @@ CATEGORIES = ("refusal", "disclaimer", "moralising", "identity", "knowledge-cuto
 POSITIONS = ("opening", "closing", "edges", "sentence", "anywhere")
 
 _FOLDER = pathlib.Path(__file__).with_name("rules")
+_REQUESTS = _FOLDER / "requests" / "requests.toml"
 _CHOICE = re.compile(r"[{}]")
 _FRAGMENT = re.compile(r"\{([a-z_]+)\}")
 
 
 class RuleError(ValueError):
     """A rules file says something that cannot be meant; the message names file and rule."""
+
+
+class Example(NamedTuple):
+    """A text of which a rule must, or no rule may, remove a row."""
+
+    answer: str
+    question: str = "Go on."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +49,10 @@ class Rule:
     pattern: re.Pattern[str]
     unless: re.Pattern[str] | None
     weight: float
-    match: tuple[str, ...]
-    no_match: tuple[str, ...]
+    unless_asked: tuple[str, ...]
+    """Kinds of requests (`rules/requests/`) whose answers the rule does not judge."""
+    match: tuple[Example, ...]
+    no_match: tuple[Example, ...]
 
 
 def list_languages() -> list[str]:
@@ -55,6 +65,16 @@ def read_rules(language: str = "") -> tuple[Rule, ...]:
     """Return the rules of one language, or of all."""
     languages = [language] if language else list_languages()
     return tuple(rule for name in languages for rule in _read_file(_FOLDER / f"{name}.toml"))
+
+
+@functools.lru_cache
+def read_requests() -> dict[str, re.Pattern[str]]:
+    """Return what tells each kind of request, in whatever language, for a rule's `unless_asked`."""
+    data = tomllib.loads(_REQUESTS.read_text(encoding="utf-8"))
+    return {
+        kind: _compile("|".join(f"(?:{pattern})" for pattern in patterns), f"{_REQUESTS.name}, {kind}")
+        for kind, patterns in data.items()
+    }
 
 
 def read_legacy_phrases() -> tuple[str, ...]:
@@ -71,7 +91,7 @@ def parse_phrases(text: str) -> tuple[str, ...]:
 def rules_digest() -> str:
     """Return a digest of everything the rules files say and of how texts are folded for them."""
     digest = hashlib.sha256()
-    paths = [*_FOLDER.glob("*.toml"), _FOLDER / "legacy_phrases.txt"]
+    paths = [*_FOLDER.glob("*.toml"), _REQUESTS, _FOLDER / "legacy_phrases.txt"]
     # Folding and judging change verdicts as much as a rule does.
     paths += [
         _FOLDER.parent / name
@@ -113,8 +133,9 @@ def _read_file(path: pathlib.Path) -> list[Rule]:
                 pattern=_compile(text, place),
                 unless=_compile(_expand(entry["unless"], fragments, path), place) if "unless" in entry else None,
                 weight=float(entry.get("weight", 1.0)),
-                match=tuple(entry["match"]),
-                no_match=tuple(entry["no_match"]),
+                unless_asked=tuple(entry.get("unless_asked", ())),
+                match=_list_examples(entry["match"], place),
+                no_match=_list_examples(entry["no_match"], place),
             )
         )
     return rules
@@ -130,8 +151,20 @@ def _validate(entry: Mapping[str, Any], place: str) -> None:
         raise RuleError(f"{place}: category is one of {', '.join(CATEGORIES)}, not {entry['category']}")
     if entry["position"] not in POSITIONS:
         raise RuleError(f"{place}: position is one of {', '.join(POSITIONS)}, not {entry['position']}")
+    if unknown := sorted(set(entry.get("unless_asked", ())) - set(read_requests())):
+        raise RuleError(f"{place}: no kind of request is called {unknown[0]}")
     if not (entry["anchors"] and entry["match"] and entry["no_match"]):
         raise RuleError(f"{place}: anchors, match and no_match need an entry each")
+
+
+def _list_examples(entries: Sequence[str | list[str]], place: str) -> tuple[Example, ...]:
+    """Return the examples: an answer alone, or `[question, answer]`."""
+    examples = []
+    for entry in entries:
+        if not isinstance(entry, str) and len(entry) != 2:
+            raise RuleError(f"{place}: an example is an answer or [question, answer]")
+        examples.append(Example(entry) if isinstance(entry, str) else Example(entry[1], entry[0]))
+    return tuple(examples)
 
 
 def _list_anchors(entries: Sequence[str], lists: Mapping[str, Sequence[str]], place: str) -> tuple[str, ...]:
