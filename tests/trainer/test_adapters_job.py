@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import os
 import pathlib
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -213,3 +216,16 @@ def test_an_adapter_saved_empty_is_never_promoted(make_run, change, said):
     assert run.call("promote") == ExitCode.INTERNAL
     assert said in run.report("promote")["message"]
     assert list(run.workspace.output.iterdir()) == []
+
+
+def test_adapters_in_object_storage_can_be_fetched_in_a_pod():
+    """In a process of its own: what a pod has kept from being imported stays so."""
+    code = (
+        "from finetune_trainer.commands import compose, plain\n"
+        "compose.open_storage(['s3://adapters/polite', 'hf://org/brief'])\n"
+        "plain.prepare_libraries()\n"
+        "import boto3, huggingface_hub\n"
+        "assert not huggingface_hub.constants.HF_HUB_OFFLINE\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)

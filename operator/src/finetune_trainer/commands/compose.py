@@ -15,6 +15,7 @@ from finetune_trainer.reporting import write_exit_report
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Iterable
 
     from finetune_trainer.adapters.job import Composed
 
@@ -34,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
     workspace = apply_workspace_lock(settings)
     if any(not name.endswith((".yaml", ".yml")) for name in settings.evaluation.tasks):
         os.environ.setdefault("HF_HUB_OFFLINE", "0")
+    open_storage(source.source for source in settings.composition.adapters)
     plain.prepare_libraries()
 
     from finetune_trainer.adapters.job import compose_for_job
@@ -50,6 +52,15 @@ def run(args: argparse.Namespace) -> int:
     message += f"; beyond the error: {'; '.join(differences[:_MAX_DIFFERENCES])}" if differences else ""
     write_exit_report(ExitReport(Phase.COMPOSE, Reason.COMPLETED, message, details=details), workspace)
     return ExitCode.OK
+
+
+def open_storage(sources: Iterable[str]) -> None:
+    """Import what adapters are fetched with, before packages that only trackers need can be imported no more."""
+    schemes = {source.partition("://")[0] for source in sources}
+    if "hf" in schemes:
+        os.environ.setdefault("HF_HUB_OFFLINE", "0")
+    if "s3" in schemes:
+        import finetune_trainer.storage.s3  # noqa: F401
 
 
 def _describe(composed: Composed, root: pathlib.Path) -> dict[str, Any]:
