@@ -24,7 +24,7 @@ from finetune_contract.run_config import FilterConfig
 from finetune_trainer.data.formats import Conversation, parse_row
 from finetune_trainer.data.phrase_search import PhraseSearch
 from finetune_trainer.data.refusals import make_filter
-from finetune_trainer.data.rules import read_legacy_phrases, read_rules
+from finetune_trainer.data.rules import Example, read_legacy_phrases, read_rules
 from tests.bench.results import Result, write_results
 from tests.demo.corpus import DISCLAIMERS, REFUSALS, list_documented
 
@@ -99,8 +99,10 @@ def _make_answer(documented: Sequence[tuple[str, str]], chooser: random.Random) 
 
 def make_long_list() -> list[str]:
     """Return a list as long as the recipe's: the built-in one, and openings of what the rules have to match."""
-    rules = [rule for language in ("en", "es", "fr") for rule in read_rules(language) if not rule.unless_asked]
-    openings = [" ".join(example.answer.split()[:5]) for rule in rules for example in rule.match]
+    examples = [one for language in ("en", "es", "fr") for rule in read_rules(language) for one in rule.match]
+    # Those that need no request of their own: what came with requests came later, and the list stays as it was.
+    alone = [one.answer for one in examples if one == Example(one.answer)]
+    openings = [" ".join(answer.split()[:5]) for answer in alone]
     return list(dict.fromkeys([*read_legacy_phrases(), *openings]))[:LONG_LIST]
 
 
