@@ -13,8 +13,8 @@ from finetune_trainer.data.formats import Conversation
 from finetune_trainer.data.refusals import make_filter
 from tests.bench.filter_quality import LANGUAGES, MENDED_BY, SETS, Judged, Labelled, judge, read_labelled, score
 
-LEAST_F1 = {"mended": 0.99, "held_out": 0.8, "development": 0.98, "unseen": 0.4}
-MOST_TRAPS_REMOVED = {"mended": 0.01, "held_out": 0.04, "development": 0.01, "unseen": 0.06}
+LEAST_F1 = {"mended": 0.99, "held_out": 0.85, "development": 0.8, "unseen": 0.25}
+MOST_TRAPS_REMOVED = {"mended": 0.01, "held_out": 0.01, "development": 0.01, "unseen": 0.04}
 
 
 def judged(is_removal: bool, removed: bool) -> Judged:

@@ -26,15 +26,18 @@ def judge(answer: str, instruction: str = "Go on.", row_filter: RowFilter = DEFA
     ("rule", "example"),
     [pytest.param(rule, one, id=f"{rule.id}-{number}") for rule in RULES for number, one in enumerate(rule.match)],
 )
-def test_a_rule_matches_its_examples_and_the_row_goes(rule: Rule, example: Example):
+def test_a_rule_matches_its_examples_and_the_row_goes_or_is_doubted(rule: Rule, example: Example):
     text = example.answer
     folded = FoldedText(text)
     assert any(fold(anchor) in folded.text for anchor in rule.anchors)
-    assert RuleFilter([rule]).judge(parse_row({"instruction": example.question, "output": text}, "evol", {})).findings
-    removal = judge(text, example.question)
-    assert removal is not None
-    start, end = removal.span
-    assert 0 <= start < end <= len(text)
+    row = parse_row({"instruction": example.question, "output": text}, "evol", {})
+    assert RuleFilter([rule]).judge(row).findings
+    verdict = DEFAULT.judge(row)
+    assert rule.weight == 1 or verdict.removal or verdict.is_unsure
+    if rule.weight == 1:
+        assert verdict.removal is not None
+        start, end = verdict.removal.span
+        assert 0 <= start < end <= len(text)
 
 
 @pytest.mark.parametrize(
