@@ -38,7 +38,9 @@ def test_a_job_goes_from_apply_to_a_served_model(job, kubelet):
         "ready": True,
         "url": f"http://story.{job.namespace}.svc/v1",
         "model": "story",
+        "version": "abc123",
         "digest": "abc123",
+        "adapters": [],
         "timeToFirstTokenSeconds": 0.25,
         "tokensPerSecond": 40.0,
     }

@@ -177,7 +177,8 @@ class StepLog:
             return []
         self._offset += len(data)
         *lines, self._rest = (self._rest + data).split(b"\n")
-        entries = [entry for entry in map(_parse_line, lines) if entry is not None]
+        # A start tells where training goes on; nobody has trained that step again.
+        entries = [entry for entry in map(_parse_line, lines) if entry is not None and entry.get("event") != "start"]
         self.newest = entries[-1]["step"] if entries else self.newest
         return entries
 
