@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
+from finetune_trainer.report.history import START
 from tests.support.training_runs import Run
 from tests.support.waiting import eventually
 
@@ -178,7 +179,7 @@ class StepLog:
         self._offset += len(data)
         *lines, self._rest = (self._rest + data).split(b"\n")
         # A start tells where training goes on; nobody has trained that step again.
-        entries = [entry for entry in map(_parse_line, lines) if entry is not None and entry.get("event") != "start"]
+        entries = [entry for entry in map(_parse_line, lines) if entry is not None and entry.get("event") != START]
         self.newest = entries[-1]["step"] if entries else self.newest
         return entries
 

@@ -41,7 +41,7 @@ class _LogfmtFormatter(logging.Formatter):
     """`time level message key=value ...`: readable in `kubectl logs`, and parsed by every log collector."""
 
     def format(self, record: logging.LogRecord) -> str:
-        stamp = dt.datetime.fromtimestamp(record.created, dt.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        stamp = to_text(record.created)
         parts = [stamp, record.levelname.lower(), record.getMessage()]
         fields: Mapping[str, Any] = getattr(record, "fields", {})
         parts += [f"{name}={_quote(value)}" for name, value in fields.items()]
@@ -77,7 +77,12 @@ def emit_warning(message: str, /, **fields: Any) -> None:
 
 def now_text() -> str:
     """Return the time as RFC 3339 in UTC."""
-    return dt.datetime.now(dt.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return to_text(time.time())
+
+
+def to_text(seconds: float) -> str:
+    """Return a time in seconds since 1970 as RFC 3339 in UTC."""
+    return dt.datetime.fromtimestamp(seconds, dt.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 class ProgressReporter:
@@ -246,6 +251,15 @@ def write_exit_report(report: ExitReport, workspace: Workspace | None = None) ->
             write_json(workspace.reports / f"{clean.phase}.json", json.loads(text))
         except OSError as error:
             logger.warning("the exit report was not written to the workspace: %s", error)
+
+
+def read_object(path: pathlib.Path) -> dict[str, Any]:
+    """Return the JSON object in a file; an empty one where there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import pathlib
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from finetune_trainer.promotion.promoted import MANIFEST
+from finetune_trainer.reporting import read_object
 from finetune_trainer.storage.publish import PROVENANCE
 from finetune_trainer.storage.transfer import hash_file
 from finetune_trainer.weight_diff.tensors import invalid
@@ -57,8 +57,8 @@ def read_model_base(folder: pathlib.Path) -> Base:
 
     Raises TrainerError for a folder without weights.
     """
-    promoted = _read_json(folder / MANIFEST)
-    downloaded = _read_json(folder.with_name(f"{folder.name}.json"))
+    promoted = read_object(folder / MANIFEST)
+    downloaded = read_object(folder.with_name(f"{folder.name}.json"))
     known = [str(each["digest"]) for each in (promoted, downloaded) if isinstance(each.get("digest"), str)]
     if isinstance(promoted.get("files"), dict):
         files = [{"name": name, **entry} for name, entry in promoted["files"].items()]
@@ -80,7 +80,7 @@ def find_adapter_base(folder: pathlib.Path, config: Mapping[str, Any]) -> Base:
     """Return the model that an adapter says it was trained on: by its provenance, beside it or above, or its config."""
     name = str(config.get("base_model_name_or_path") or "")
     for place in (folder, folder.parent):
-        base = _read_json(place / PROVENANCE).get("base_model")
+        base = read_object(place / PROVENANCE).get("base_model")
         if isinstance(base, dict) and base.get("digest"):
             weights = make_weights_digest(base.get("files") or ())
             return Base(tuple(each for each in (str(base["digest"]), weights) if each), str(base.get("source") or name))
@@ -95,11 +95,3 @@ def make_weights_digest(files: Iterable[Mapping[str, Any]]) -> str:
     safe = [each for each in listed if str(each["name"]).endswith(".safetensors")]
     lines = sorted(f"{each['sha256']} {each['size']} {each['name']}\n" for each in safe or listed)
     return hashlib.sha256("".join(lines).encode()).hexdigest() if lines else ""
-
-
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}

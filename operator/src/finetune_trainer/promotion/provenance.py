@@ -6,14 +6,13 @@ Base, data with the report of its filter, recipe, checkpoint, restarts and code.
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 from typing import Any
 
 from finetune_contract.run_config import RunConfig
 from finetune_contract.workspace import Workspace
 from finetune_trainer.checkpoints.manifest import Manifest
-from finetune_trainer.reporting import now_text
+from finetune_trainer.reporting import now_text, read_object
 from finetune_trainer.versions import read_version
 
 _PACKAGES = ("finetune-operator", "torch", "transformers", "trl", "deepspeed", "accelerate", "peft")
@@ -22,7 +21,7 @@ _PACKAGES = ("finetune-operator", "torch", "transformers", "trl", "deepspeed", "
 def build_provenance(run: RunConfig, checkpoint: Manifest, digest: str, num_parameters: int) -> dict[str, Any]:
     """Return the record of one promotion."""
     workspace = Workspace(pathlib.Path(run.workspace))
-    data = _read_json(workspace.current_dataset)
+    data = read_object(workspace.current_dataset)
     return {
         "digest": digest,
         "parameters": num_parameters,
@@ -31,13 +30,13 @@ def build_provenance(run: RunConfig, checkpoint: Manifest, digest: str, num_para
         "base_model": {
             "source": run.model.source,
             "revision": run.model.revision,
-            **_read_json(workspace.base_model_manifest),
+            **read_object(workspace.base_model_manifest),
         },
         "dataset": {
             "sources": [source.source for source in run.dataset.sources],
             "prompt_template": run.dataset.prompt_template,
             "digest": data.get("digest", ""),
-            "report": _read_json(workspace.dataset(data["digest"]) / "report.json") if data.get("digest") else {},
+            "report": read_object(workspace.dataset(data["digest"]) / "report.json") if data.get("digest") else {},
         },
         "training": dataclasses.asdict(run.training),
         "topology": dataclasses.asdict(run.topology),
@@ -56,11 +55,3 @@ def build_provenance(run: RunConfig, checkpoint: Manifest, digest: str, num_para
         "images": dict(run.history.images),
         "versions": {name: read_version(name) for name in _PACKAGES},
     }
-
-
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,7 +22,7 @@ from finetune_trainer.promotion.promoted import MANIFEST
 from finetune_trainer.report import work
 from finetune_trainer.report.curves import build_curves
 from finetune_trainer.report.history import read_history
-from finetune_trainer.reporting import now_text
+from finetune_trainer.reporting import now_text, read_object
 from finetune_trainer.storage.publish import PROVENANCE
 
 VERSION = 1
@@ -64,15 +63,6 @@ def build_report(workspace: Workspace, run: RunConfig | None, digest: str) -> di
     report["missing"] = _list_missing(report, digest)
     cleaned: dict[str, Any] = json.loads(redact(json.dumps(report)))
     return cleaned
-
-
-def read_object(path: pathlib.Path) -> dict[str, Any]:
-    """Return the JSON object in a file; an empty one where there is none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def _describe_model(workspace: Workspace, model: Mapping[str, Any], digest: str) -> dict[str, Any]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import datetime as dt
 import statistics
 from typing import TYPE_CHECKING, Any
+
+from finetune_trainer.reporting import to_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -64,7 +65,7 @@ def _from_operator(history: History, run: RunConfig) -> tuple[dict[str, Any], li
                 "stepsLost": attempt.steps_lost,
                 "secondsLost": attempt.seconds_lost,
                 "inPodRestarts": attempt.in_pod_restarts,
-                "restartTimes": [_to_text(life.started_at) for life in lives[1:]],
+                "restartTimes": [to_text(life.started_at) for life in lives[1:]],
             }
         )
     return work, attempts
@@ -91,15 +92,15 @@ def _describe_lives(number: int, lives: list[Life]) -> dict[str, Any]:
     return {
         "number": number,
         "nodes": [],
-        "startTime": _to_text(first.started_at),
-        "endTime": _to_text(last.ended_at),
+        "startTime": to_text(first.started_at),
+        "endTime": to_text(last.ended_at),
         "reason": "",
         "resumedFromStep": first.first_step,
         "reachedStep": last.last_step,
         "stepsLost": sum(life.steps_lost for life in lives),
         "secondsLost": None,
         "inPodRestarts": len(lives) - 1,
-        "restartTimes": [_to_text(life.started_at) for life in lives[1:]],
+        "restartTimes": [to_text(life.started_at) for life in lives[1:]],
     }
 
 
@@ -119,7 +120,3 @@ def summarise(history: History) -> dict[str, Any]:
     if rates:
         summary["tokensPerSecond"] = statistics.median(rate for _, rate in rates)
     return summary
-
-
-def _to_text(seconds: float) -> str:
-    return dt.datetime.fromtimestamp(seconds, dt.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -7,9 +7,9 @@ import pathlib
 from typing import TYPE_CHECKING, Any
 
 from finetune_contract.workspace import Workspace
-from finetune_trainer.report.facts import build_report, read_object
+from finetune_trainer.report.facts import build_report
 from finetune_trainer.report.page import build_page
-from finetune_trainer.reporting import emit, emit_warning, write_json
+from finetune_trainer.reporting import emit, emit_warning, read_object, write_json
 from finetune_trainer.storage.publish import MODEL_CARD, REPORT_JSON, REPORT_PAGE
 
 if TYPE_CHECKING:

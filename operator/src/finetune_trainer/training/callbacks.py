@@ -19,6 +19,7 @@ from finetune_contract.workspace import Workspace
 from finetune_trainer.checkpoints.mirror_state import read_mirror_state
 from finetune_trainer.distributed import read_in_pod_restarts
 from finetune_trainer.errors import TrainerError
+from finetune_trainer.report.history import START
 from finetune_trainer.reporting import ProgressReporter, emit, now_text
 from finetune_trainer.training.inputs import Inputs
 from finetune_trainer.training.keeper import CheckpointKeeper
@@ -122,7 +123,7 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
             metrics |= {Metric.RESUMED_FROM: self._keeper.resumed_from, **self._describe_checkpoints()}
         self._reported = (self._keeper.latest_complete, self._keeper.last_committed_at)
         # What the log has beyond this step was lost; `report.history` reads it so.
-        self._write(state, {Metric.TOTAL_STEPS: state.max_steps}, event="start")
+        self._write(state, {Metric.TOTAL_STEPS: state.max_steps}, event=START)
         self._post(state, metrics, urgent=True)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
