@@ -6,6 +6,7 @@ A short run of what `make bench-recovery` does a thousand times.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 
 import pytest
 
@@ -19,6 +20,9 @@ LAST_STEP = 9
 KILLS = [Fault("pod", "save", 1, 0.0), Fault("writer", "step", 1, 0.5, rank=1)]
 ENGINE_SEED = 43
 """Its first run strikes pods, a supervisor, a rank and a writer, all of them inside saves."""
+TARGETS = {"all", "rank", "supervisor", "writer"}
+MAX_RUNS = 6
+"""On a busy machine a save may be over before its fault strikes; so many runs make up for those."""
 
 
 @pytest.fixture(autouse=True)
@@ -49,12 +53,18 @@ def test_the_save_engine_loses_no_byte_to_kills_and_full_disks(tmp_path):
     record = Record(tmp_path / "record.jsonl")
     campaign = Campaign(ENGINE_SEED, record, tmp_path, 0.0)
 
-    campaign.play_kills(ENGINE)
-    campaign.play_full_disks(ENGINE)
+    play_until(lambda: campaign.play_kills(ENGINE), lambda: set(record.list_struck(ENGINE)) >= TARGETS)
+    play_until(lambda: campaign.play_full_disks(ENGINE), lambda: record.sum_up(ENGINE, "disks").faults >= 3)
 
-    assert set(record.list_struck(ENGINE)) == {"all", "rank", "supervisor", "writer"}
     for kind in ("kills", "disks"):
         sums = record.sum_up(ENGINE, kind)
-        assert sums.faults >= 3
         assert not sums.has_losses, (sums, record.list_errors(ENGINE))
         assert sums.lost_intervals_max <= 2
+
+
+def play_until(play_run: Callable[[], object], has_struck: Callable[[], bool]) -> None:
+    for _ in range(MAX_RUNS):
+        play_run()
+        if has_struck():
+            return
+    pytest.fail(f"{MAX_RUNS} runs had too few faults to say anything")
