@@ -22,7 +22,8 @@ TRAINER = REPOSITORY / ".venv-trainer" / "bin" / "python"
 RUNGS = {
     "unit": (LIGHT, "-n", "2"),
     "chart": (LIGHT,),
-    "api": (LIGHT,),
+    # Its tests wait most of the time; each of the two has an API server of its own.
+    "api": (LIGHT, "-n", "2", "--dist", "worksteal"),
     "trainer": (TRAINER,),
     "cluster": (LIGHT,),
     "gpu": (TRAINER,),
