@@ -18,6 +18,8 @@ from tests.demo.kubectl import Cluster
 
 TOOL = pathlib.Path(__file__).with_name("cluster.py")
 BUCKET = "tests"
+SHAPE = tiny_llama.Shape(vocabulary=1024, hidden=64, layers=2, heads=4, intermediate=128, context=256)
+"""Of the model that works."""
 
 
 def open_world(name: str) -> World:
@@ -92,10 +94,9 @@ class World:
         }
         for key, text in texts.items():
             client.put_object(Bucket=BUCKET, Key=key, Body=text.encode())
-        shape = tiny_llama.Shape(vocabulary=1024, hidden=64, layers=2, heads=4, intermediate=128, context=256)
         with tempfile.TemporaryDirectory() as folder:
             model = pathlib.Path(folder)
-            tiny_llama.write_tiny_llama(model, (f"{row['instruction']} {row['output']}" for row in rows), shape=shape)
+            tiny_llama.write_tiny_llama(model, (f"{row['instruction']} {row['output']}" for row in rows), shape=SHAPE)
             for path in sorted(model.iterdir()):
                 client.upload_file(str(path), BUCKET, f"models/tiny/{path.name}")
             client.upload_file(str(model / "model.safetensors"), BUCKET, "models/broken/model.safetensors")

@@ -28,9 +28,8 @@ TIMEOUT_SECONDS = 300
 LOOK_SECONDS = 0.3
 
 
-def write_adapter(folder: pathlib.Path, model: str, *, seed: int = 3) -> None:
-    """Write a LoRA adapter as PEFT does, over the promoted model with this digest."""
-    shape = Shape()
+def write_adapter(folder: pathlib.Path, model: str, shape: Shape, *, seed: int = 3) -> None:
+    """Write a LoRA adapter as PEFT does, over the promoted model with this digest and these sizes."""
     generator = np.random.default_rng(seed)
     tensors = {}
     for layer in range(shape.layers):
@@ -52,13 +51,18 @@ def write_adapter(folder: pathlib.Path, model: str, *, seed: int = 3) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=1, sort_keys=True))
 
 
-def add_adapter(cluster: Cluster, namespace: str, job: dict[str, Any], client: Any) -> None:
-    """Upload the adapter to the demo's bucket, and name it in the finished job."""
+def upload_adapter(client: Any, bucket: str, key: str, model: str, shape: Shape) -> None:
+    """Put an adapter over the promoted model with this digest and these sizes at s3://bucket/key."""
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
-        write_adapter(folder, job["status"]["promotion"]["digest"])
+        write_adapter(folder, model, shape)
         for path in sorted(folder.iterdir()):
-            client.upload_file(str(path), "demo", f"{KEY}/{path.name}")
+            client.upload_file(str(path), bucket, f"{key}/{path.name}")
+
+
+def add_adapter(cluster: Cluster, namespace: str, job: dict[str, Any], client: Any) -> None:
+    """Upload the adapter to the demo's bucket, and name it in the finished job."""
+    upload_adapter(client, "demo", KEY, job["status"]["promotion"]["digest"], Shape())
     adapter = {"name": NAME, "source": f"s3://demo/{KEY}", "secretRef": {"name": "demo-s3"}}
     patch = json.dumps({"spec": {"inference": {"adapters": [adapter]}}})
     cluster.run("patch", "finetunejob", job["metadata"]["name"], "-n", namespace, "--type=merge", "-p", patch)
