@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import pathlib
 import shutil
@@ -88,6 +89,7 @@ def test_the_judge_decides_what_the_rules_leave_open_and_nothing_else(judges, tm
         "rulesRemove": {"judgeKeeps": 0, "judgeRemoves": 10},
         "rulesUnsure": {"judgeKeeps": 0, "judgeRemoves": 10},
         "agreement": 0.5,
+        "removedUndoubted": 0,
     }
     removed = [json.loads(line) for line in (tmp_path / "strict" / "removed.jsonl").read_text().splitlines()]
     assert [line["index"] for line in removed if line["rule"] == "judge"] == list(range(1, 30, 3))
@@ -99,12 +101,37 @@ def test_the_judge_decides_what_the_rules_leave_open_and_nothing_else(judges, tm
     assert "judge" not in without
 
 
-def test_a_judged_data_set_is_the_same_for_any_number_of_processes(judges, tmp_path):
+def test_a_judge_of_all_rows_removes_rows_that_no_rule_doubted_and_says_how_many(judges, tmp_path):
+    outputs = ["Bread is baked from flour and water.", UNSURE, "I'm sorry, but I can't help with that."]
+    rows = [{"instruction": f"Question {i}", "output": f"{outputs[i % 3]} {'Yes. ' * (i % 7)}"} for i in range(60)]
+    source = tmp_path / "rows.json"
+    source.write_text(json.dumps(rows))
+    scores = load_classifier(judges["bert"]).score([row["output"] for row in rows])
+    # In the widest gap between the scores of rows that no rule doubts: rounding moves none across.
+    ordered = sorted(scores[::3])
+    low, high = max(itertools.pairwise(ordered), key=lambda pair: pair[1] - pair[0])
+    threshold = (low + high) / 2
+    options = ("--judge", str(judges["bert"]), "--judge-rows", "all", "--judge-threshold", repr(threshold))
+    report = prepare(source, tmp_path / "out", *options)
+    removed = [json.loads(line) for line in (tmp_path / "out" / "removed.jsonl").read_text().splitlines()]
+    undoubted = {index for index in range(0, 60, 3) if scores[index] >= threshold}
+    assert {line["index"] for line in removed if line["rule"] == "judge" and line["index"] % 3 == 0} == undoubted
+    assert report["judge"]["removedUndoubted"] == len(undoubted) > 0
+    assert all(line["rule"] != "judge" for line in removed if line["index"] % 3 == 2)
+    table = {says: report["judge"][says] for says in ("rulesKeep", "rulesUnsure", "rulesRemove")}
+    assert [sum(table[says].values()) for says in table] == [20, 20, 20]
+    assert report["settings"]["judge"]["rows"] == "all"
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert f"It removed {len(undoubted)} rows in which the rules doubted nothing." in page
+
+
+@pytest.mark.parametrize("which", ["doubted", "all"])
+def test_a_judged_data_set_is_the_same_for_any_number_of_processes(judges, tmp_path, which):
     source = tmp_path / "rows.jsonl"
     texts = [f"Number {index}. {'Bread and wine. ' * 50}" + (UNSURE if index % 2 else "") for index in range(1500)]
     source.write_text("".join(json.dumps({"instruction": "Say.", "output": text}) + "\n" for text in texts))
     scores = sorted(load_classifier(judges["bert"]).score(texts[1::50]))
-    config = JudgeConfig("judge", threshold=scores[len(scores) // 2], audit_fraction=0.02)
+    config = JudgeConfig("judge", threshold=scores[len(scores) // 2], audit_fraction=0.02, rows=which)
     rows = [SourceRows("spec.dataset", (SourceFile(source, "rows.jsonl", "0" * 64),))]
     for number in (0, 2):
         judge = Judge(config, lambda: load_classifier(judges["bert"]).score)

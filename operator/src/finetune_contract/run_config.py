@@ -24,6 +24,11 @@ class RunConfigError(ValueError):
     """The JSON is not a run configuration of this version; the message names the field."""
 
 
+_SENT_IF_SET: Mapping[str, Any] = {"sentIfSet": True}
+"""Marks a field that came later: `to_plain` leaves it out while it has its default, so that images that do not know it
+go on, and digests of settings stay what they were."""
+
+
 @dataclasses.dataclass(frozen=True)
 class JobIdentity:
     """The job that the run belongs to."""
@@ -109,9 +114,13 @@ class QualityConfig:
     """The tasks, as in EvaluationConfig."""
 
 
+JUDGED_ROWS = ("doubted", "all")
+"""Which rows a judge decides: those in which something was found that weighs too little, or all that the rules keep."""
+
+
 @dataclasses.dataclass(frozen=True)
 class JudgeConfig:
-    """A classifier that is asked about the rows that the rules are unsure of."""
+    """A classifier that decides about rows beside the rules."""
 
     source: str = ""
     """Folder of a sequence classifier in Hugging Face layout, as in Source; empty: no judge."""
@@ -127,6 +136,8 @@ class JudgeConfig:
     """What is judged, with `{instruction}` and `{output}` for a question and its answer."""
     digest: str = ""
     """Of the classifier's files; filled in where they are read."""
+    rows: str = dataclasses.field(default=JUDGED_ROWS[0], metadata=_SENT_IF_SET)
+    """One of JUDGED_ROWS."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -380,7 +391,7 @@ class RunConfig:
 
     def to_json(self) -> str:
         """Return the settings as JSON with sorted keys: equal settings give equal text."""
-        return json.dumps(dataclasses.asdict(self), sort_keys=True, indent=1)
+        return json.dumps(to_plain(self), sort_keys=True, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> RunConfig:
@@ -393,6 +404,20 @@ class RunConfig:
         if found != VERSION:
             raise RunConfigError(f"version: this image reads run configurations of version {VERSION}, not {found!r}")
         return typing.cast(RunConfig, _parse(cls, data, "run configuration"))
+
+
+def to_plain(value: Any) -> Any:
+    """Return settings as what JSON knows: as `dataclasses.asdict`, but for the fields that are sent only if set."""
+    if dataclasses.is_dataclass(value):
+        fields = {field.name: (field, getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {
+            name: to_plain(item)
+            for name, (field, item) in fields.items()
+            if not ("sentIfSet" in field.metadata and item == field.default)
+        }
+    if isinstance(value, tuple):
+        return [to_plain(item) for item in value]
+    return dict(value) if isinstance(value, Mapping) else value
 
 
 def _parse(wanted: Any, value: Any, path: str) -> Any:

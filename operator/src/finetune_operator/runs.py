@@ -155,6 +155,7 @@ def _resolve_judge(judge: DatasetJudge | None) -> JudgeConfig:
         float(judge.threshold),
         float(judge.audit_fraction),
         judge.text,
+        rows=judge.rows,
     )
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune_contract import run_config
-from finetune_contract.run_config import DatasetConfig, RunConfig, RunConfigError, Source, TrainingConfig
+from finetune_contract.run_config import DatasetConfig, JudgeConfig, RunConfig, RunConfigError, Source, TrainingConfig
 
 numbers = st.floats(allow_nan=False)
 sources = st.builds(Source, source=st.text(), weight=numbers)
@@ -17,6 +17,7 @@ datasets = st.builds(
     sources=st.lists(sources, max_size=3).map(tuple),
     fields=st.dictionaries(st.text(), st.text(), max_size=3),
     holdout_fraction=numbers,
+    judge=st.builds(JudgeConfig, rows=st.sampled_from(run_config.JUDGED_ROWS)),
 )
 trainings = st.builds(
     TrainingConfig,
@@ -40,6 +41,13 @@ def test_any_run_survives_the_journey_through_json(run):
 
 def test_equal_settings_give_equal_text():
     assert make_run().to_json() == make_run().to_json()
+
+
+def test_a_field_that_older_images_do_not_know_is_sent_only_when_it_is_set():
+    usual = make_run()
+    assert "rows" not in json.loads(usual.to_json())["dataset"]["judge"]
+    every = dataclasses.replace(usual.dataset, judge=JudgeConfig("hf://a/judge", rows="all"))
+    assert json.loads(make_run(dataset=every).to_json())["dataset"]["judge"]["rows"] == "all"
 
 
 @pytest.mark.parametrize(

@@ -140,7 +140,7 @@ def test_secrets_are_read_by_the_phases_that_need_them_under_the_prefix_of_their
                 {"source": "s3://a/2"},
                 {"source": "s3://a/3", "secretRef": {"name": "three"}},
             ],
-            "judge": {"source": "hf://a/judge", "secretRef": {"name": "judge"}, "labels": ["1"]},
+            "judge": {"source": "hf://a/judge", "secretRef": {"name": "judge"}, "labels": ["1"], "rows": "all"},
         },
         promotion={"destinations": [{"destination": "s3://out/x", "secretRef": {"name": "out"}}]},
         training={"tracking": {"wandb": {"secretRef": {"name": "wandb"}}}},
@@ -174,6 +174,7 @@ def test_secrets_are_read_by_the_phases_that_need_them_under_the_prefix_of_their
     assert plan.run.checkpoint.mirror == Destination("s3://mirror/x", "FINETUNE_MIRROR_")
     judge = plan.run.dataset.judge
     assert (judge.source, judge.secret_prefix, judge.labels) == ("hf://a/judge", "FINETUNE_JUDGE_", ("1",))
+    assert judge.rows == "all"
 
 
 def test_a_judge_comes_from_where_the_administrators_allow_and_from_a_workspace_that_is_there():

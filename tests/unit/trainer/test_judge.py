@@ -36,7 +36,7 @@ def make_verdict(field: str = "messages[1].content", weight: float = 0.4, **chan
 
 def test_the_judge_is_asked_about_the_answer_that_left_the_rules_unsure():
     question = select(make_verdict(), NOTHING, 1, 0, 0)
-    assert question == ("unsure", "messages[1].content", 7, "Nobody.")
+    assert question == ("unsure", True, "messages[1].content", 7, "Nobody.")
 
 
 @pytest.mark.parametrize("verdict", [Verdict(ROW), make_verdict(weight=1.0), make_verdict(weight=1.0, action=FLAG)])
@@ -60,6 +60,24 @@ def test_what_the_rules_said_goes_with_the_question():
     assert select(make_verdict(weight=1.0, action=FLAG), EVERYTHING, 1, 0, 0).rules_say == "keep"
     assert select(make_verdict(weight=1.0), EVERYTHING, 1, 0, 0).rules_say == "remove"
     assert select(make_verdict(weight=1.0, category="duplicates"), EVERYTHING, 1, 0, 0) is None
+
+
+@pytest.mark.parametrize("verdict", [Verdict(ROW), make_verdict(), make_verdict(weight=1.0)])
+def test_a_judge_of_all_rows_is_asked_about_each_whatever_share_is_audited(verdict):
+    config = JudgeConfig("judge", audit_fraction=0.0, rows="all")
+    assert all(select(verdict, config, 1, 0, index) is not None for index in range(50))
+    assert select(make_verdict(weight=1.0, category="duplicates"), config, 1, 0, 0) is None
+
+
+@pytest.mark.parametrize(
+    ("rows", "decided"), [("doubted", {"unsure"}), ("all", {"unsure", "keep"})], ids=["doubted", "all"]
+)
+def test_a_judge_decides_doubted_rows_or_all_that_the_rules_keep(rows, decided):
+    config = JudgeConfig("judge", audit_fraction=1.0, rows=rows)
+    verdicts = [make_verdict(), Verdict(ROW), make_verdict(weight=1.0)]
+    questions = [select(verdict, config, 1, 0, 0) for verdict in verdicts]
+    assert {question.rules_say for question in questions} == {"unsure", "keep", "remove"}
+    assert {question.rules_say for question in questions if question.decides} == decided
 
 
 def test_the_text_can_hold_the_question_and_is_filled_once():

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
+import hashlib
 import json
 import os
 import pathlib
 import random
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from finetune_contract.run_config import DatasetConfig, FilterConfig, QualityConfig, Source
+from finetune_contract.run_config import DatasetConfig, FilterConfig, JudgeConfig, QualityConfig, Source
 from finetune_trainer.data import chunks, output, prepare, shards
+from finetune_trainer.data.judge import Judge
 from finetune_trainer.data.prepare import Preparation, SourceFile, SourceRows
 from finetune_trainer.data.tokens import TokenCounter
 from finetune_trainer.errors import TrainerError
@@ -25,9 +27,15 @@ CONFIG = DatasetConfig(
     (Source("unused"),),
     filter=FilterConfig(rules="legacy"),
     quality=QualityConfig(duplicates="remove-row", similarity=0.9),
+    judge=JudgeConfig("judge", rows="all", threshold=0.9, text="{output} ({instruction})"),
     holdout_fraction=0.2,
     max_bad_rows=100,
 )
+
+
+def score(texts: Sequence[str]) -> list[float]:
+    """What a judge says that knows nothing, and says the same of the same text."""
+    return [hashlib.sha256(text.encode()).digest()[0] / 255 for text in texts]
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +73,8 @@ def sources(tmp_path) -> list[SourceRows]:
 
 
 def prepare_into(folder: pathlib.Path, sources: list[SourceRows], workers: int = 0) -> dict[str, bytes]:
-    Preparation(CONFIG, folder, TokenCounter(None, "alpaca")).run(sources, num_workers=workers)
+    judge = Judge(CONFIG.judge, lambda: score)
+    Preparation(CONFIG, folder, TokenCounter(None, "alpaca"), judge=judge).run(sources, num_workers=workers)
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 

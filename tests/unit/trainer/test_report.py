@@ -158,6 +158,18 @@ def test_judge_and_rules_agree_on_the_share_of_the_rows_that_the_rules_are_sure_
     assert judge["agreement"] == 0.75
     assert judge["rulesRemove"] == {"judgeRemoves": 1, "judgeKeeps": 1}
     assert judge["rulesUnsure"] == {"judgeRemoves": 1, "judgeKeeps": 0}
+    assert judge["removedUndoubted"] == 0
+
+
+def test_rows_that_the_judge_alone_removed_are_counted_beside_the_table():
+    tally, other = Tally(), Tally()
+    for says, removes in (("keep", True), ("keep", False), ("unsure", True), ("remove", True)):
+        other.add_judgement(says, judge_removes=removes, decides=says != "remove")
+    tally.merge(Tally.from_state(json.loads(json.dumps(other.to_state()))))
+    judge = tally.to_report()["judge"]
+    assert judge["removedUndoubted"] == 1
+    assert judge["rulesKeep"] == {"judgeRemoves": 1, "judgeKeeps": 1}
+    assert judge["agreement"] == 0.6667
 
 
 def test_the_size_of_a_tally_does_not_grow_with_the_rows():

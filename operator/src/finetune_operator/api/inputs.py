@@ -105,7 +105,7 @@ class DatasetFilter(Model):
 
 
 class DatasetJudge(Model):
-    """A classifier that decides about the rows the filter's rules are unsure of. Code that comes with it is not run."""
+    """A classifier that decides about rows beside the filter's rules. Code that comes with it is not run."""
 
     source: SourceUrl
     """Folder of a sequence classifier in Hugging Face layout with safetensors: hf://organisation/name,
@@ -118,8 +118,11 @@ class DatasetJudge(Model):
     """Probability from which on a row is removed."""
     text: Annotated[str, Field(max_length=4096)] = "{output}"
     """What is judged: a text with `{output}` for an answer, and `{instruction}` for the question before it."""
+    rows: Literal["doubted", "all"] = "doubted"
+    """Which rows it decides: those in which a rule found something that weighs too little, or all the rules keep."""
     audit_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
-    """Share of the rows the rules are sure of that is judged too, to report how far judge and rules agree."""
+    """Share of the rows the rules are sure of that is judged too, to report how far judge and rules agree; with
+    `rows: all` every row is."""
     secret_ref: SecretRef | None = None
     """Secret with credentials for the source; by default the pod's identity is used."""
 
@@ -154,7 +157,7 @@ class Dataset(Model):
     quality: DatasetQuality | None = None
     """Checks besides the filter: truncated answers, leaked tokens, duplicates and the like; by default none."""
     judge: DatasetJudge | None = None
-    """A classifier for the rows the filter's rules are unsure of; by default none."""
+    """A classifier beside the filter's rules: for the rows they are unsure of, or for all; by default none."""
     holdout_fraction: Annotated[float, Field(ge=0, le=0.5)] = 0.02
     """Share of the rows kept out of training and used to evaluate."""
     max_bad_rows: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0

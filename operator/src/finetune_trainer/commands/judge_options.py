@@ -6,7 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from finetune_contract.reports import ExitCode, Reason
-from finetune_contract.run_config import JudgeConfig
+from finetune_contract.run_config import JUDGED_ROWS, JudgeConfig
 from finetune_trainer.errors import TrainerError
 from finetune_trainer.reporting import ProgressBar
 
@@ -22,7 +22,13 @@ def add_judge_arguments(parser: argparse._ArgumentGroup) -> None:
     """Add the arguments to the group of plain use."""
     usual = JudgeConfig()
     parser.add_argument(
-        "--judge", metavar="DIR", default="", help="sequence classifier for rows the rules are unsure of"
+        "--judge", metavar="DIR", default="", help="sequence classifier that judges rows beside the rules"
+    )
+    parser.add_argument(
+        "--judge-rows",
+        choices=JUDGED_ROWS,
+        default=usual.rows,
+        help="it decides rows the rules doubt, or all they keep (default: %(default)s)",
     )
     parser.add_argument(
         "--judge-label", metavar="NAME", action="append", default=[], help="its label, or number, of rows to remove"
@@ -55,6 +61,7 @@ def build_judge_config(args: argparse.Namespace) -> JudgeConfig:
         threshold=args.judge_threshold,
         audit_fraction=args.judge_audit,
         text=args.judge_text,
+        rows=args.judge_rows,
     )
     if not args.judge and config != JudgeConfig():
         raise _refuse("options of a judge without --judge", "Add --judge DIR.")

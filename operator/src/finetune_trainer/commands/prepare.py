@@ -14,7 +14,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from finetune_contract.reports import ExitCode, ExitReport, Metric, Phase, Reason
-from finetune_contract.run_config import DatasetConfig, FilterActions, FilterConfig, RunConfig, Source
+from finetune_contract.run_config import DatasetConfig, FilterActions, FilterConfig, RunConfig, Source, to_plain
 from finetune_trainer.commands.common import add_run_config_argument, apply_workspace_lock, load_run_config
 from finetune_trainer.commands.judge_options import add_judge_arguments, build_judge_config, fetch_judge
 from finetune_trainer.commands.quality_options import add_quality_arguments, build_quality
@@ -321,7 +321,7 @@ def _make_request(dataset: DatasetConfig) -> str:
     from finetune_trainer.data.prepare import VERSION
     from finetune_trainer.data.rules import rules_digest
 
-    facts = dataclasses.asdict(dataset) | {"version": VERSION, "rules": rules_digest()}
+    facts = to_plain(dataset) | {"version": VERSION, "rules": rules_digest()}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

@@ -1,8 +1,9 @@
-"""A classifier's word on the rows that the rules are unsure of: which rows it is asked about, and what follows.
+"""A classifier's word on the rows that the rules do not remove: which it is asked about, and what follows.
 
 Pure; the classifier itself, which needs torch, is `finetune_trainer.classifier`. A worker selects the rows with
-`select`, the parent asks about many at once with `Judge.find_removed`. Of the rows that the rules are sure of, a seeded
-share is asked about too, only to report how far the two agree.
+`select`, the parent asks about many at once with `Judge.find_removed`. A judge decides the rows that the rules are
+unsure of, or all that they keep. Of the others a seeded share is asked about too, only to report how far the two agree;
+a judge of all rows is asked about each.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ class Question(NamedTuple):
     """What the judge is asked about one row."""
 
     rules_say: RulesSay
+    decides: bool
+    """Whether the row is removed if the judge says so; else the answer is only counted."""
     field: str
     """Of the answer, in the source row."""
     length: int
@@ -42,21 +45,23 @@ class Question(NamedTuple):
 
 
 def select(verdict: Verdict, config: JudgeConfig, seed: int, source: int, index: int) -> Question | None:
-    """Return what to ask about a row, or None; whether a sure row is asked about depends on seed and place alone."""
+    """Return what to ask about a row, or None; which sure rows are audited depends on seed and place alone."""
     removal = verdict.removal
     rules_say: RulesSay = "unsure" if verdict.is_unsure else "keep" if removal is None else "remove"
-    if rules_say != "unsure":
-        if removal is not None and removal.category not in _FILTER_CATEGORIES:
-            return None
-        if hash_to_share(f"judge:{seed}:{source}:{index}") >= config.audit_fraction:
-            return None
+    if removal is not None and removal.category not in _FILTER_CATEGORIES:
+        return None
+    is_asked = config.rows == "all" or rules_say == "unsure"
+    if not is_asked and hash_to_share(f"judge:{seed}:{source}:{index}") >= config.audit_fraction:
+        return None
     turns = verdict.conversation.turns
     fields = {finding.field for finding in verdict.findings}
     answers = [position for position, turn in enumerate(turns) if turn.role == "assistant"]
     if not answers:
         return None
     chosen = next((position for position in answers if turns[position].field in fields), answers[-1])
-    return Question(rules_say, turns[chosen].field, len(turns[chosen].content), _fill(config.text, turns[: chosen + 1]))
+    decides = is_asked and rules_say != "remove"
+    text = _fill(config.text, turns[: chosen + 1])
+    return Question(rules_say, decides, turns[chosen].field, len(turns[chosen].content), text)
 
 
 def _fill(text: str, turns: Sequence[Turn]) -> str:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from finetune_contract.reports import ExitCode, Reason
+from finetune_contract.run_config import to_plain
 from finetune_trainer.data import output, problems
 from finetune_trainer.data.chunks import CHUNK_BYTES, ChunkReader
 from finetune_trainer.data.formats import detect_format
@@ -108,7 +109,7 @@ def _build_judge_settings(judge: JudgeConfig) -> dict[str, Any] | None:
     """Return what of the judge decides: its files, wherever they come from, and what it is asked."""
     if not judge.source:
         return None
-    return {name: value for name, value in dataclasses.asdict(judge).items() if name not in _FETCHING}
+    return {name: value for name, value in to_plain(judge).items() if name not in _FETCHING}
 
 
 _FETCHING = ("source", "revision", "secret_prefix")
@@ -211,7 +212,7 @@ class Preparation:
         removed = self._judge.find_removed(list(asked.values())) if self._judge is not None and asked else []
         answers = Answers(dict(zip(asked, removed, strict=True)))
         for place, (number, mark) in questions.fingerprints.items():
-            is_removed = answers.judge.get(place, False) and asked[place].rules_say == "unsure"
+            is_removed = answers.judge.get(place, False) and asked[place].decides
             earlier = self._duplicates.find_or_add(mark, number) if self._duplicates and not is_removed else None
             if earlier is not None:
                 answers.duplicate_of[place] = earlier

@@ -36,6 +36,8 @@ When = Literal["before", "after"]
 """A row as it was read, or as it was kept."""
 RulesSay = Literal["remove", "keep", "unsure"]
 
+_UNDOUBTED = "undoubted"
+"""Where the rows are counted that the judge removed though the rules were sure to keep them."""
 _WORDS: dict[str, str] = {REMOVE_ROW: "removed", REMOVE_SENTENCE: "edited", FLAG: "flagged"}
 _LENGTHS = ("promptCharacters", "answerCharacters", "promptTokens", "answerTokens")
 
@@ -122,9 +124,11 @@ class Tally:
         self._histograms["promptTokens", when].add(prompt)
         self._histograms["answerTokens", when].add(answer)
 
-    def add_judgement(self, rules_say: RulesSay, judge_removes: bool) -> None:
-        """Count what the judge said of a row, beside what the rules said."""
+    def add_judgement(self, rules_say: RulesSay, judge_removes: bool, decides: bool = False) -> None:
+        """Count what the judge said of a row, beside what the rules said; `decides`: the last word is the judge's."""
         self._judgements[rules_say, judge_removes] += 1
+        if decides and judge_removes and rules_say == "keep":
+            self._judgements[_UNDOUBTED, True] += 1
 
     def merge(self, other: Tally) -> None:
         """Add the other's rows to these."""
@@ -256,9 +260,12 @@ class Tally:
             }
             for says in ("remove", "keep", "unsure")
         }
-        num_sure = sum(number for (says, _), number in self._judgements.items() if says != "unsure")
+        num_sure = sum(number for (says, _), number in self._judgements.items() if says in ("remove", "keep"))
         num_agreed = self._judgements["remove", True] + self._judgements["keep", False]
-        return table | {"agreement": round(num_agreed / num_sure, 4) if num_sure else None}
+        return table | {
+            "agreement": round(num_agreed / num_sure, 4) if num_sure else None,
+            "removedUndoubted": self._judgements[_UNDOUBTED, True],
+        }
 
 
 def _measure(conversation: Conversation) -> tuple[int, int]:

@@ -139,6 +139,8 @@ def _build_judge(judge: Mapping[str, Any] | None) -> str:
     )
     share = judge["agreement"]
     note = "" if share is None else f"<p>Where the rules are sure, the judge agrees on {share:.1%} of the rows.</p>"
+    if judge["removedUndoubted"]:
+        note += f"<p>It removed {judge['removedUndoubted']:,} rows in which the rules doubted nothing.</p>"
     head = '<thead><tr><th></th><th class="number">judge removes</th><th class="number">judge keeps</th></tr></thead>'
     return build_section("Judge", note, f'<table class="narrow">{head}<tbody>{rows}</tbody></table>')
 

@@ -227,8 +227,8 @@ class RowWork:
         """Count what the judge says, and add to the verdicts what the parent has found."""
         for place, removes in answers.judge.items():
             question, row = draft.questions.judge[place], draft.judged[place]
-            tally.add_judgement(question.rules_say, removes)
-            if removes and question.rules_say == "unsure":
+            tally.add_judgement(question.rules_say, removes, question.decides)
+            if removes and question.decides:
                 found = _place([make_finding(question)], row.conversation, row.verdict.conversation)
                 row.verdict = _add_findings(row.verdict, *found)
         for place, earlier in answers.duplicate_of.items():
