@@ -43,7 +43,7 @@ test-faults: venv ## Every fault in every phase of a training, half an hour: no 
 
 ##@ Benchmarks: a table, and build/bench/<name>.json
 
-.PHONY: bench-recovery bench-checkpoint bench-goodput bench-restart bench-filter bench-filter-quality bench-packing bench-prepare bench-weight-diff bench-compose bench-eval
+.PHONY: bench-recovery bench-checkpoint bench-goodput bench-restart bench-filter bench-filter-quality bench-judge bench-packing bench-prepare bench-weight-diff bench-compose bench-eval
 .PHONY: bench-serve-start bench-rollout
 bench-recovery: venv-trainer ## Kills at random moments, beside the stock Trainer: KILLS=50 ENGINE=50 SEED=1 MINUTES=inf
 	@.venv-trainer/bin/python -m tests.bench.recovery --kills "$(or $(KILLS),50)" --engine "$(or $(ENGINE),50)" \
@@ -58,6 +58,8 @@ bench-filter: venv ## Rows a second through the filter, beside the naive loop an
 	@$(BIN)/python -m tests.bench.filter
 bench-filter-quality: venv ## Precision, recall and F1 of the rules per language, beside the legacy list
 	@$(BIN)/python -m tests.bench.filter_quality
+bench-judge: venv-trainer ## What a judge trained on labelled rows adds to the rules: SEEDS=3 (minutes each)
+	@CUDA_VISIBLE_DEVICES= .venv-trainer/bin/python -m tests.bench.judge --seeds "$(or $(SEEDS),3)"
 bench-packing: venv-trainer ## Real tokens and tokens a second, packed beside padded
 	@.venv-trainer/bin/python -m tests.bench.packing
 bench-prepare: venv-trainer ## A million rows end to end, beside datasets.map

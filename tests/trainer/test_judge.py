@@ -145,3 +145,64 @@ def test_a_judged_data_set_is_the_same_for_any_number_of_processes(judges, tmp_p
     assert min(judged.values()) > 100
     for name in ("train.jsonl", "removed.jsonl", "report.html"):
         assert (tmp_path / "0" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
+
+
+def write_labelled(path: pathlib.Path, num_rows: int = 60) -> pathlib.Path:
+    """Write rows that a word in the answer tells apart, in two formats."""
+    words = {"keep": "bread", "remove": "sorry"}
+    rows = []
+    for index in range(num_rows):
+        label = "remove" if index % 3 == 0 else "keep"
+        rows.append({"instruction": f"Question {index}", "output": f"{words[label]} {index}", "label": label})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def run_judge(*words: object) -> int:
+    from finetune_trainer.__main__ import main
+
+    return main(["judge", "train", *map(str, words)])
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_a_judge_is_trained_on_labelled_rows_and_taken_by_prepare(models, judges, tmp_path, family):
+    data, out = write_labelled(tmp_path / "labelled.jsonl"), tmp_path / "judge"
+    how = ("--epochs", 20, "--learning-rate", 0.005, "--text", "{output}", "--seed", 3)
+    base = judges["bert"] if family == "bert" else models["llama"]
+    assert run_judge("--data", data, "--base", base, "--out", out, *how) == 0
+    scores = load_classifier(out).score(["sorry 100", "bread 100"])
+    assert scores[0] > 0.8
+    assert scores[1] < 0.2
+    card = (out / "README.md").read_text()
+    assert "accuracy 1.000" in card
+    assert f"prepare --source FILE --out DIR --judge {out} --judge-rows all --judge-text '{{output}}'" in card
+    source = tmp_path / "rows.json"
+    source.write_text(json.dumps([{"instruction": "Say.", "output": f"{word} 7"} for word in ("bread", "sorry")]))
+    report = prepare(source, tmp_path / "out", "--judge", str(out), "--judge-rows", "all")
+    assert (report["rowsKept"], report["judge"]["removedUndoubted"]) == (1, 1)
+
+
+def test_equal_seeds_train_equal_judges_and_frozen_layers_stay(judges, tmp_path):
+    from safetensors.torch import load_file
+
+    data = write_labelled(tmp_path / "labelled.jsonl")
+    weights = {}
+    for name, seed in (("one", 1), ("same", 1), ("other", 2)):
+        how = ("--epochs", 1, "--seed", seed, "--frozen-layers", 1)
+        assert run_judge("--data", data, "--base", judges["bert"], "--out", tmp_path / name, *how) == 0
+        weights[name] = load_file(tmp_path / name / "model.safetensors")
+    base = load_file(judges["bert"] / "model.safetensors")
+    differ = {name for name in base if not base[name].equal(weights["one"][name])}
+    assert differ >= {"classifier.weight", "bert.encoder.layer.1.output.dense.weight"}
+    assert not any(name.startswith("bert.encoder.layer.0.") or "word_embeddings" in name for name in differ)
+    assert all(weights["one"][name].equal(weights["same"][name]) for name in base)
+    assert not weights["one"]["classifier.weight"].equal(weights["other"]["classifier.weight"])
+
+
+def test_a_base_that_is_no_model_is_refused(judges, tmp_path, caplog):
+    data = write_labelled(tmp_path / "labelled.jsonl")
+    (tmp_path / "empty").mkdir()
+    assert run_judge("--data", data, "--base", tmp_path / "empty", "--out", tmp_path / "out") == 66
+    how = ("--frozen-layers", 3)
+    assert run_judge("--data", data, "--base", judges["bert"], "--out", tmp_path / "out", *how) == 64
+    assert not (tmp_path / "out").exists()

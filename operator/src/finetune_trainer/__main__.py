@@ -27,6 +27,7 @@ COMMANDS = {
     "inspect": "read sizes and headers of the model and the data, for the plan",
     "prepare": "download the model and the data, filter the data, split it, and write a report",
     "lint-phrases": "say what is wrong with a list of phrases, and what each line does to rows of one's own",
+    "judge": "train a judge of the data on rows that you have labelled",
     "train": "fine-tune the model with DeepSpeed, from the newest complete checkpoint if there is one",
     "promote": "turn a checkpoint into a model that is verified to be whole",
     "evaluate": "score a model on held-out rows and lm-eval tasks, beside its base",

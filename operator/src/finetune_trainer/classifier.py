@@ -1,6 +1,7 @@
 """A sequence classifier from a local folder in Hugging Face layout, for the judge of the data. Needs torch.
 
-Called by `commands/prepare` only. Code that comes with a model is never run, and only safetensors are read.
+Called by `commands/prepare` and `judge_training` only. Code that comes with a model is never run, and only safetensors
+are read.
 """
 
 from __future__ import annotations
@@ -34,6 +35,11 @@ class Classifier:
         # Position ids of the RoBERTa family begin after the padding id.
         offset = (model.config.pad_token_id or 0) + 1 if "roberta" in model.config.model_type else 0
         self._max_length = min(limits[0], limits[1] - offset, _LONGEST_TEXT)
+
+    def save(self, folder: pathlib.Path) -> None:
+        """Write model and tokenizer into a folder that `load_classifier` reads."""
+        self._model.save_pretrained(folder)
+        self._tokenizer.save_pretrained(folder)
 
     def score(self, texts: Sequence[str]) -> list[float]:
         """Return for each text the probability that it has one of the labels, whatever texts are scored with it."""
@@ -75,8 +81,24 @@ def load_classifier(folder: pathlib.Path, labels: Sequence[str] = ()) -> Classif
 
     Raises TrainerError.
     """
+    tokenizer, model, missing = load_parts(folder)
+    if missing:
+        # The library has filled the head with random numbers.
+        raise _refuse(folder, f"is no sequence classifier: it has no {min(missing)}")
+    import torch
+
+    wanted = choose_labels(folder, model.config.id2label, labels)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    # Half precision is slow on CPUs.
+    return Classifier(model.to(device, dtype=torch.float32 if device == "cpu" else None).eval(), tokenizer, wanted)
+
+
+def load_parts(folder: pathlib.Path, **changes: Any) -> tuple[Any, Any, set[str]]:
+    """Return tokenizer and model of a classifier's folder, and the names of the weights that it lacks.
+
+    `changes` replace values of its configuration. Raises TrainerError.
+    """
     try:
-        import torch
         from safetensors import SafetensorError
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
     except ImportError as error:
@@ -84,26 +106,20 @@ def load_classifier(folder: pathlib.Path, labels: Sequence[str] = ()) -> Classif
             Reason.INVALID_CONFIG,
             ExitCode.USAGE,
             f"the judge needs torch and transformers: {error}",
-            "Install finetune-operator[trainer], use the trainer's image, or leave --judge out.",
+            "Install finetune-operator[trainer], use the trainer's image, or do without a judge.",
         ) from error
 
     settings: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **settings)
         model, found = AutoModelForSequenceClassification.from_pretrained(
-            folder, use_safetensors=True, dtype="auto", output_loading_info=True, **settings
+            folder, use_safetensors=True, dtype="auto", output_loading_info=True, **settings, **changes
         )
     except (SafetensorError, OSError, ValueError, KeyError, ImportError, AttributeError, RuntimeError) as error:
         line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise _refuse(folder, f"cannot be loaded: {line}") from error
-    if found["missing_keys"]:
-        # The library would fill the head with random numbers.
-        raise _refuse(folder, f"is no sequence classifier: it has no {min(found['missing_keys'])}")
     _set_padding(folder, model, tokenizer)
-    wanted = choose_labels(folder, model.config.id2label, labels)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    # Half precision is slow on CPUs.
-    return Classifier(model.to(device, dtype=torch.float32 if device == "cpu" else None).eval(), tokenizer, wanted)
+    return tokenizer, model, set(found["missing_keys"])
 
 
 def _set_padding(folder: pathlib.Path, model: Any, tokenizer: Any) -> None:

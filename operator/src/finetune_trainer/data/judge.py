@@ -60,11 +60,11 @@ def select(verdict: Verdict, config: JudgeConfig, seed: int, source: int, index:
         return None
     chosen = next((position for position in answers if turns[position].field in fields), answers[-1])
     decides = is_asked and rules_say != "remove"
-    text = _fill(config.text, turns[: chosen + 1])
+    text = fill_text(config.text, turns[: chosen + 1])
     return Question(rules_say, decides, turns[chosen].field, len(turns[chosen].content), text)
 
 
-def _fill(text: str, turns: Sequence[Turn]) -> str:
+def fill_text(text: str, turns: Sequence[Turn]) -> str:
     """Return the text for an answer, the last of the turns, and the question before it."""
     question = next((turn for turn in reversed(turns) if turn.role == "user"), None)
     values = {
