@@ -177,6 +177,7 @@ def build_checkpoints(observed: Observed, previous: Previous) -> dict[str, Any] 
             "resumed_from": metrics.get(Metric.RESUMED_FROM),
             "count": metrics.get(Metric.NUM_CHECKPOINTS),
             "bytes": metrics.get(Metric.CHECKPOINT_BYTES),
+            "mirrored": metrics.get(Metric.MIRRORED_CHECKPOINT),
         }
         result |= {name: int(value) for name, value in posted.items() if value is not None}
         result |= _build_times(metrics)
@@ -194,6 +195,7 @@ def build_checkpoints(observed: Observed, previous: Previous) -> dict[str, Any] 
         reported = {
             "latest_complete": details.get("latest_complete"),
             "best": details.get("best"),
+            "mirrored": details.get("mirrored"),
             "count": len(kept) if isinstance(kept, list) else None,
             "time": records.to_time(details.get("committed_at") or ""),
             "bytes": details.get("checkpoint_bytes") or None,

@@ -25,7 +25,7 @@ from .policies.cleanup import list_finished_children, list_surplus_workspace, ne
 from .policies.promotion import find_failed_gate
 from .policies.storage import find_storage_problem, needs_growth, resolve_size
 from .record import Record, Terminal, to_time
-from .recovery import next_recovery_step
+from .recovery import next_recovery_step, next_step_while_claim_goes
 from .steps import Apply, Create, Finish, Reference, Remove, Situation, Step, Wait, WriteRecord
 from .versions import serving_version
 from .view import View, write_failure
@@ -98,8 +98,7 @@ def _next_for_storage(view: View) -> Step | None:
     if recovery is not None:
         return recovery
     if claim is not None and claim.is_deleting:
-        message = f"PersistentVolumeClaim {claim.name} is being deleted"
-        return Wait(dataclasses.replace(pending, reason=Reason.CLAIM_TERMINATING, message=message))
+        return next_step_while_claim_goes(view)
     problem = find_storage_problem(plan, inspected, claim)
     if problem is not None:
         reason, message = problem

@@ -8,6 +8,7 @@ fetches. Each step is remembered before the next, so an interrupted pass goes on
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 from finetune_contract.reports import Phase
 
@@ -36,17 +37,58 @@ def next_recovery_step(view: View, phase: Phase) -> Step | None:
         return write_failure(view, phase, Reason.WORKSPACE_LOST, f"{lost}: {advice}")
     message = f"{lost}: it is made again, and training resumes from the mirror"
     failure = Failure(to_text(view.now), Reason.WORKSPACE_LOST, message)
-    attempt = record.attempt
-    if attempt is not None and not attempt.end_time:
-        return close_attempt(view, attempt, view.observed.job(attempt.job), Diagnosis(failure, False, True, False))
     situation = Situation("Restarting", Reason.WORKSPACE_LOST, message, condition=Type.STORAGE_READY)
-    jobs = [job for job in view.observed.jobs if _is_void(job)]
+    return (
+        _close_attempt(view, failure)
+        or _remove([job for job in view.observed.jobs if _is_void(job)], situation)
+        or WriteRecord(_forget_workspace(record, failure), situation)
+    )
+
+
+def next_step_while_claim_goes(view: View) -> Step | None:
+    """Return the next step while the claim is being deleted; None while a Job that was begun before runs on it.
+
+    Kubernetes lets no further pod mount such a claim, and keeps it for as long as there are pods that do, also ended
+    ones. With a mirror these are removed, so that the claim goes; without one they keep what lies on it.
+    """
+    claim = f"PersistentVolumeClaim {view.plan.workspace.claim}"
+    situation = Situation(
+        "Pending", Reason.CLAIM_TERMINATING, f"{claim} is being deleted", condition=Type.STORAGE_READY
+    )
+    if not view.record.claim_uid:
+        return Wait(situation)
+    jobs = [job for job in view.observed.jobs if job.component != Phase.INSPECT]
+    if any(not (job.is_succeeded or job.is_failed or job.is_deleting) for job in jobs):
+        return None
+    if not view.plan.run.checkpoint.mirror.destination:
+        advice = (
+            "the ended pods of this job still keep the data and checkpoints on it: to save those, write "
+            "persistentVolumeReclaimPolicy: Retain into its PersistentVolume; then delete the job"
+        )
+        return Wait(dataclasses.replace(situation, message=f"{situation.message}; {advice}", is_stalled=True))
+    message = f"{situation.message}: it is made again once it is gone, and training resumes from the mirror"
+    return (
+        _close_attempt(view, Failure(to_text(view.now), Reason.WORKSPACE_LOST, message))
+        or _remove(jobs, dataclasses.replace(situation, message=message))
+        or Wait(dataclasses.replace(situation, message=message))
+    )
+
+
+def _close_attempt(view: View, failure: Failure) -> Step | None:
+    attempt = view.record.attempt
+    if attempt is None or attempt.end_time:
+        return None
+    return close_attempt(view, attempt, view.observed.job(attempt.job), Diagnosis(failure, False, True, False))
+
+
+def _remove(jobs: Sequence[Job], situation: Situation) -> Step | None:
+    """Return the step that removes these Jobs, or waits until they are gone; None once they are."""
     going = [job for job in jobs if not job.is_deleting]
     if going:
         return Remove(tuple(Reference("batch/v1", "Job", job.name, job.uid) for job in going), situation)
     if jobs:
-        return Wait(dataclasses.replace(situation, message=f"{message}; Job {jobs[0].name} is going"))
-    return WriteRecord(_forget_workspace(record, failure), situation)
+        return Wait(dataclasses.replace(situation, message=f"{situation.message}; Job {jobs[0].name} is going"))
+    return None
 
 
 def _is_void(job: Job) -> bool:

@@ -6,6 +6,7 @@ Runs the real Cluster and Reconciler on an API server in memory.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 
 import pytest
@@ -27,6 +28,7 @@ from tests.support.operator_parts import (
     make_pod,
     make_record,
     make_test_plan,
+    make_training_job,
     seconds,
 )
 from tests.unit.operator.test_killed_at_any_moment import KEY, Clock, is_finished, make_api, make_reconciler, name_job
@@ -150,6 +152,49 @@ def test_a_claim_of_the_users_own_that_is_gone_is_waited_for():
     step = next_step(plan, make_observed(plan, step.record, claim=None), NOW)
     assert isinstance(step, Wait)
     assert (step.situation.reason, step.situation.is_stalled) == ("ClaimNotFound", True)
+
+
+def make_going_claim(plan, job):
+    """Return a world whose claim is being deleted while this training Job is there."""
+    record = make_record(Phase.INSPECT, Phase.PREPARE, attempts=(make_attempt(plan),), claim_uid="claim")
+    claim = Claim(plan.workspace.claim, "claim", "Bound", 2**40, is_deleting=True)
+    jobs = tuple(make_batch_job(plan, phase, is_succeeded=True) for phase in (Phase.INSPECT, Phase.PREPARE))
+    return make_observed(plan, record, jobs=(*jobs, job), claim=claim)
+
+
+@pytest.mark.parametrize("spec", [{}, MIRROR])
+def test_training_goes_on_while_its_claim_is_being_deleted_under_it(spec):
+    plan = make_test_plan(**spec)
+    job = make_training_job(plan, active=1)
+    step = next_step(plan, make_going_claim(plan, job), NOW)
+    assert isinstance(step, Wait)
+    assert step.situation.reason not in ("ClaimTerminating", "WorkspaceLost")
+
+
+def test_ended_pods_that_keep_a_deleted_claim_are_removed_where_there_is_a_mirror():
+    plan = make_test_plan(**MIRROR)
+    job = make_training_job(plan, is_failed=True)
+    world = make_going_claim(plan, job)
+    step = next_step(plan, world, NOW)
+    assert isinstance(step, WriteRecord)
+    assert step.record.attempt.reason == "WorkspaceLost"
+
+    closed = dataclasses.replace(world, record=step.record)
+    step = next_step(plan, closed, NOW)
+    assert isinstance(step, Remove)
+    assert {each.name for each in step.references} == {plan.names.phase_job(Phase.PREPARE), job.name}
+
+    step = next_step(plan, dataclasses.replace(closed, jobs=()), NOW)
+    assert isinstance(step, Wait)
+    assert (step.situation.reason, step.situation.is_stalled) == ("ClaimTerminating", False)
+
+
+def test_ended_pods_keep_what_lies_on_a_deleted_claim_where_there_is_no_mirror():
+    plan = make_test_plan()
+    step = next_step(plan, make_going_claim(plan, make_training_job(plan, is_failed=True)), NOW)
+    assert isinstance(step, Wait)
+    assert (step.situation.reason, step.situation.is_stalled) == ("ClaimTerminating", True)
+    assert "persistentVolumeReclaimPolicy: Retain" in step.situation.message
 
 
 def test_the_loss_is_an_event():

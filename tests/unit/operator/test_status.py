@@ -196,6 +196,16 @@ def test_checkpoints_are_those_posted_until_the_trainer_reports_the_last():
     assert ended.checkpoints.to_dict() == {"latestComplete": 100, "count": 3, "resumedFrom": 20}
 
 
+def test_the_mirrors_newest_step_is_the_one_posted_until_the_trainer_reports_the_last():
+    posted = make_progress(**{Metric.LATEST_CHECKPOINT: 40.0, Metric.MIRRORED_CHECKPOINT: 20.0})
+    status = build(running_world(progress=posted), Wait(TRAINING))
+    assert status.checkpoints.mirrored == 20
+    world = finished_world()
+    reported = world.record.details(Phase.TRAIN) | {"mirrored": 100}
+    world = dataclasses.replace(world, record=world.record.with_phase(Phase.TRAIN, reported))
+    assert build(world, Finish(Situation("Succeeded", "Serving", "")), status).checkpoints.mirrored == 100
+
+
 def test_secrets_in_what_pods_wrote_are_masked():
     record = dataclasses.replace(
         running_world().record, last_failure=Failure(to_text(NOW), "X", "HF_TOKEN=hf_" + "a" * 30)

@@ -214,6 +214,8 @@ class CheckpointStatus(StatusModel):
     """Step that the newest attempt resumed from."""
     count: Count | None = None
     """Complete checkpoints kept."""
+    mirrored: Count | None = None
+    """Step of the newest complete checkpoint on the mirror: what a job would resume from without its workspace."""
 
 
 class GateStatus(StatusModel):
