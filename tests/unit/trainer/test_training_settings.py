@@ -1,7 +1,10 @@
 """Settings of a run: step arithmetic, DeepSpeed's configuration, packing, and fields set by name."""
 
 import argparse
+import dataclasses
+import functools
 import json
+import operator
 
 import pytest
 
@@ -76,6 +79,16 @@ def test_fp16_without_gpus_is_refused_with_what_to_type():
     assert "spec.training.precision" in caught.value.message
     assert "bf16" in caught.value.hint
     check_settings(RunConfig(RUN.model, RUN.dataset, training=fp16.training, topology=Topology(gpus_per_node=1)))
+
+
+def test_every_field_that_is_named_in_the_hint_can_be_set():
+    settings = dataclasses.asdict(RUN)
+
+    def read(name):
+        return functools.reduce(operator.getitem, name.split("."), settings)
+
+    for name in plain.list_fields(RunConfig):
+        assert plain.apply_overrides(RUN, [f"{name}={json.dumps(read(name))}"]) == RUN, name
 
 
 def test_any_field_can_be_set_by_its_name():

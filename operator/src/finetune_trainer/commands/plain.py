@@ -67,7 +67,8 @@ def prepare_libraries(reads_shards: bool = False) -> None:
 
 def apply_overrides(settings: RunConfig, assignments: Sequence[str]) -> RunConfig:
     """Return the settings with `section.field=value` applied. Raises TrainerError that names the assignment."""
-    data = json.loads(settings.to_json())
+    # Not as it is sent: that leaves out what has its default.
+    data = json.loads(json.dumps(dataclasses.asdict(settings)))
     for assignment in assignments:
         name, separator, text = assignment.partition("=")
         *path, last = name.split(".")
