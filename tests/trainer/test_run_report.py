@@ -31,7 +31,10 @@ def test_a_killed_and_resumed_run_has_a_report_with_its_restart_scores_and_answe
     digest, page = details["digest"], run.workspace.root / details["report"]
     assert "The model has not been scored." in page.read_text()
 
-    assert run.call("evaluate", "evaluation.baseline=true") == 0
+    gates = [{"task": "holdout", "metric": "loss", "bound": "max", "threshold": 1000}]
+    models = [{"name": "again", "source": str(run.model)}]
+    further = (f"evaluation.gates={json.dumps(gates)}", f"evaluation.models={json.dumps(models)}")
+    assert run.call("evaluate", "evaluation.baseline=true", *further) == 0
     assert run.report("evaluate")["details"]["report"] == details["report"]
     report = json.loads(page.with_suffix(".json").read_text())
     kept = [step for step, _ in report["curves"]["loss"]["kept"]]
@@ -42,6 +45,8 @@ def test_a_killed_and_resumed_run_has_a_report_with_its_restart_scores_and_answe
     assert report["work"]["restarts"] == 1
     assert {one["task"] for one in report["scores"]} == {"holdout"}
     assert report["scores"][0]["isLargerThanError"] is not None
+    assert [gate["verdict"] for gate in report["gates"]] == ["Passed"]
+    assert report["scores"][0]["models"]["again"]["score"] == report["scores"][0]["base"]
     assert len(report["samples"]) == 4
     assert all(sample["tuned"] and sample["base"] is not None for sample in report["samples"])
     assert any(sample["tuned"] != sample["base"] for sample in report["samples"])

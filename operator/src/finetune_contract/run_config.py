@@ -13,6 +13,8 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
+from .gates import GateConfig
+
 VERSION = 1
 """Version of this format. Pods accept their own version only."""
 
@@ -269,6 +271,9 @@ class EvaluationConfig:
     models: tuple[NamedModel, ...] = ()
     tasks_secret_prefix: str = ""
     """As in Source, for task files on s3."""
+    # No part of its text, from which the operator makes the digest of what is scored: gates decide no score.
+    gates: tuple[GateConfig, ...] = dataclasses.field(default=(), repr=False, metadata=_SENT_IF_SET)
+    """As they were when these settings were written: the operator judges by those of now, the run report by these."""
 
 
 @dataclasses.dataclass(frozen=True)

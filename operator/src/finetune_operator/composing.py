@@ -75,7 +75,7 @@ def _record_success(view: View, request: str, job: Job) -> Step:
 def _judge(view: View, composed: Mapping[str, Any]) -> Step | None:
     """Hold a composition that does not pass the gates; the base model's scores are those of the evaluation."""
     baseline = view.record.details(Phase.EVALUATE).get("baseline")
-    failed = find_failed_gate(view.plan.gates, {"scores": composed.get("scores"), "baseline": baseline})
+    failed = find_failed_gate(view.plan.run.evaluation.gates, {"scores": composed.get("scores"), "baseline": baseline})
     if failed is None:
         return None
     reason, message = failed

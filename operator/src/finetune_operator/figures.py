@@ -7,17 +7,17 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from finetune_contract.gates import PASSED, Judgement
 from finetune_contract.reports import Metric, Phase
 from finetune_contract.workspace import Workspace
 
 from . import naming
 from . import record as records
 from .api.v1alpha1 import FineTuneJobStatus
-from .conditions import Reason
 from .errors import redact
 from .observed import Observed, earliest_start
 from .plan import Plan
-from .policies.promotion import Verdict, judge_gates
+from .policies.promotion import judge_gates
 from .versions import find_served, split_version
 from .work import measure_work
 
@@ -223,25 +223,27 @@ def build_evaluation(plan: Plan, record: records.Record) -> dict[str, Any] | Non
     details = record.details(Phase.EVALUATE)
     if not details:
         return None
-    verdicts = judge_gates(plan.gates, details)
+    judged = judge_gates(plan.run.evaluation.gates, details)
     gate = None
-    if verdicts:
-        gate = "Passed" if all(verdict.is_passed for verdict in verdicts) else "Failed"
+    if judged:
+        gate = "Passed" if all(each.verdict == PASSED for each in judged) else "Failed"
     return {
         "scores": finite_scores(details.get("scores")),
         "baseline": finite_scores(details.get("baseline")),
         "gate": gate,
-        "gates": [_build_gate(verdict) for verdict in verdicts],
+        "gates": [_build_gate(each) for each in judged],
     }
 
 
-def _build_gate(verdict: Verdict) -> dict[str, Any]:
-    gate = verdict.gate
-    word = "Failed" if verdict.reason == Reason.EVALUATION_BELOW_GATE else verdict.reason
+def _build_gate(judged: Judgement) -> dict[str, Any]:
+    gate = judged.gate
     return {
-        **gate.model_dump(),
-        "verdict": word or "Passed",
-        **{name: _finite(getattr(verdict, name)) for name in ("score", "baseline")},
+        "task": gate.task,
+        "metric": gate.metric,
+        gate.bound: gate.threshold,
+        "verdict": judged.verdict,
+        "score": _finite(judged.score),
+        "baseline": _finite(judged.baseline),
     }
 
 

@@ -125,7 +125,7 @@ def _next_to_evaluate(view: View) -> Step | None:
         step = next_phase_step(view, Phase.EVALUATE)
         if step is not None:
             return step
-    failed = find_failed_gate(view.plan.gates, view.record.details(Phase.EVALUATE))
+    failed = find_failed_gate(view.plan.run.evaluation.gates, view.record.details(Phase.EVALUATE))
     return None if failed is None else write_failure(view, Phase.EVALUATE, *failed)
 
 

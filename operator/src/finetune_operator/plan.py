@@ -17,7 +17,7 @@ from finetune_contract.reports import Phase
 from finetune_contract.run_config import IDENTITY_TRAINING, RunConfig, RunConfigError, ServingConfig, Source
 
 from . import naming
-from .api.v1alpha1 import Autoscaling, FailureRule, FineTuneJob, FineTuneJobSpec, Gate
+from .api.v1alpha1 import Autoscaling, FailureRule, FineTuneJob, FineTuneJobSpec
 from .conditions import Reason
 from .errors import InvalidJobError
 from .pods import PodPlan, resolve_pod
@@ -144,7 +144,6 @@ class Plan:
     placement: PlacementPlan
     serving: ServingPlan
     failure: FailurePlan
-    gates: tuple[Gate, ...]
     deadlines: Deadlines
     is_accumulation_written: bool
     is_suspended: bool
@@ -195,7 +194,6 @@ def make_plan(job: FineTuneJob, settings: Settings, frozen: str = "") -> Plan:
             spec.failure_policy.progress_deadline_seconds or 0,
             tuple(spec.failure_policy.rules),
         ),
-        gates=tuple(spec.evaluation.gates),
         deadlines=_resolve_deadlines(spec),
         is_accumulation_written=spec.training.gradient_accumulation_steps is not None,
         is_suspended=spec.suspend,

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from finetune_contract.gates import MAX, MAX_REGRESSION, MIN, GateConfig
 from finetune_contract.reports import Phase
 from finetune_contract.run_config import (
     AdapterConfig,
@@ -31,7 +32,7 @@ from finetune_contract.run_config import (
 from . import recipes
 from .api.adapters import Composition
 from .api.inputs import DatasetFilter, DatasetJudge
-from .api.outputs import Evaluation, Inference
+from .api.outputs import Evaluation, Gate, Inference
 from .api.v1alpha1 import FineTuneJob, FineTuneJobSpec
 from .settings import Settings
 
@@ -78,7 +79,14 @@ def _resolve_evaluation(evaluation: Evaluation) -> EvaluationConfig:
         evaluation.refusals,
         tuple(models),
         _prefix(evaluation, "TASKS"),
+        tuple(_resolve_gate(gate) for gate in evaluation.gates),
     )
+
+
+def _resolve_gate(gate: Gate) -> GateConfig:
+    bounds = {MIN: gate.min, MAX: gate.max, MAX_REGRESSION: gate.max_regression}
+    bound, threshold = next((bound, number) for bound, number in bounds.items() if number is not None)
+    return GateConfig(gate.task, gate.metric, bound, float(threshold))
 
 
 def _resolve_dataset(spec: FineTuneJobSpec) -> DatasetConfig:

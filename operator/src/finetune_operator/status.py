@@ -208,7 +208,7 @@ def _describe_scores(record: records.Record) -> str:
 
 def _describe_raised_gate(plan: Plan, record: records.Record) -> str:
     """Say that a job that has ended well would not pass its gates as they are now."""
-    failed = find_failed_gate(plan.gates, record.details(Phase.EVALUATE))
+    failed = find_failed_gate(plan.run.evaluation.gates, record.details(Phase.EVALUATE))
     if failed is None or record.terminal is None or record.terminal.result != "Succeeded":
         return ""
     return (

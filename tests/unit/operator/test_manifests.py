@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+from finetune_contract.gates import GateConfig
 from finetune_contract.reports import Phase
 from finetune_contract.run_config import RunConfig, RunHistory
 from finetune_operator.manifests.inference import build_served, build_service, build_smoke_job
@@ -307,6 +308,22 @@ def test_ranks_restart_inside_their_pod_only_where_the_job_allows_restarts(spec,
     record = dataclasses.replace(RECORD, restarts_counted=restarts_counted)
     config_map, _ = build_attempt(make_test_plan(**spec), record, 1, "CA")
     assert json.loads(config_map["data"]["run.json"])["topology"]["in_pod_restarts"] == allowed
+
+
+def test_a_phase_that_runs_again_with_another_gate_is_told_of_it():
+    def build_settings(phase, least):
+        gates = [{"task": "holdout", "metric": "loss", "max": least}]
+        config_map, _ = build_phase(make_test_plan(evaluation={"gates": gates}), phase, RECORD, "CA")
+        return config_map["metadata"]["name"], RunConfig.from_json(config_map["data"]["run.json"]).evaluation.gates
+
+    for phase in (Phase.EVALUATE, Phase.PUBLISH):
+        (before, old), (after, new) = build_settings(phase, 2), build_settings(phase, 3)
+        # A ConfigMap is made once: under the old name the pod would find the old gate.
+        assert before != after
+        assert (old, new) == (
+            (GateConfig("holdout", "loss", "max", 2.0),),
+            (GateConfig("holdout", "loss", "max", 3.0),),
+        )
 
 
 def test_the_phases_behind_training_are_told_what_the_operator_alone_knows():

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from finetune_contract.gates import GateConfig
 from finetune_contract.reports import Phase
-from finetune_operator.api.v1alpha1 import FailureRule, Gate
+from finetune_operator.api.v1alpha1 import FailureRule
 from finetune_operator.observed import Claim, PodCondition
 from finetune_operator.plan import FailurePlan
 from finetune_operator.policies.blockers import find_claim_blocker, find_job_blocker, find_pod_blocker
@@ -177,6 +178,10 @@ def test_the_backoff_starts_at_nothing_never_shrinks_and_is_bounded(failures):
     assert delay_seconds(failures) <= delay_seconds(failures + 1) <= LONGEST_DELAY_SECONDS
 
 
+def make_gate(task, metric, **bound):
+    return GateConfig(task, metric, *next(iter(bound.items())))
+
+
 SCORES = {"scores": {"arc": {"acc_norm,none": 0.5}, "holdout": {"loss": 2.0}}, "baseline": {"holdout": {"loss": 1.5}}}
 
 
@@ -192,12 +197,12 @@ SCORES = {"scores": {"arc": {"acc_norm,none": 0.5}, "holdout": {"loss": 2.0}}, "
     ],
 )
 def test_gates_compare_with_a_number_or_with_the_base_model(gate, reason):
-    failed = find_failed_gate((Gate.model_validate(gate),), SCORES)
+    failed = find_failed_gate((make_gate(**gate),), SCORES)
     assert (failed[0] if failed else None) == reason
 
 
 def test_a_missing_score_names_those_that_there_are():
-    (_, message) = find_failed_gate((Gate.model_validate({"task": "mmlu", "metric": "acc", "min": 0.1}),), SCORES)
+    (_, message) = find_failed_gate((make_gate("mmlu", "acc", min=0.1),), SCORES)
     assert "arc.acc_norm,none, holdout.loss" in message
 
 
@@ -403,39 +408,33 @@ def test_a_job_avoids_a_few_nodes_each_for_a_day():
 def test_a_gate_may_name_the_most_that_a_score_is_to_be():
     scores = {"scores": {"refusals": {"refusal_rate": 0.1}}, "baseline": {"refusals": {"refusal_rate": 0.02}}}
 
-    def judge(**bound):
-        (verdict,) = judge_gates(
-            (Gate.model_validate({"task": "refusals", "metric": "refusal_rate", **bound}),), scores
-        )
-        return verdict
+    def find_problem(**bound):
+        failed = find_failed_gate((make_gate("refusals", "refusal_rate", **bound),), scores)
+        return failed[1] if failed else ""
 
-    assert judge(max=0.1).is_passed
-    assert "above the gate's max 0.05" in judge(max=0.05).message
+    assert find_problem(max=0.1) == ""
+    assert "above the gate's max 0.05" in find_problem(max=0.05)
     # More refusals are worse.
-    assert judge(maxRegression=0.1).is_passed
-    assert "worse by 0.08" in judge(maxRegression=0.05).message
+    assert find_problem(maxRegression=0.1) == ""
+    assert "worse by 0.08" in find_problem(maxRegression=0.05)
 
 
 def test_a_score_that_is_no_number_passes_no_gate():
     details = {"scores": {"arc": {"acc": float("nan")}}, "baseline": {"arc": {"acc": 0.5}}}
     bounds = ({"min": -1}, {"max": 1}, {"maxRegression": 1})
-    gates = [Gate.model_validate({"task": "arc", "metric": "acc", **bound}) for bound in bounds]
-    assert [verdict.reason for verdict in judge_gates(gates, details)] == ["EvaluationBelowGate"] * 3
+    gates = [make_gate("arc", "acc", **bound) for bound in bounds]
+    assert [each.verdict for each in judge_gates(gates, details)] == ["Failed"] * 3
 
 
 def test_every_gate_is_judged_with_its_numbers():
     gates = [
-        Gate.model_validate(gate)
-        for gate in (
-            {"task": "holdout", "metric": "loss", "maxRegression": 0.5},
-            {"task": "arc", "metric": "acc_norm", "min": 0.6},
-            {"task": "mmlu", "metric": "acc", "min": 0.1},
-        )
+        make_gate("holdout", "loss", maxRegression=0.5),
+        make_gate("arc", "acc_norm", min=0.6),
+        make_gate("mmlu", "acc", min=0.1),
     ]
-    verdicts = judge_gates(gates, SCORES)
-    assert [(each.score, each.baseline, str(each.reason)) for each in verdicts] == [
-        (2.0, 1.5, ""),
-        (0.5, None, "EvaluationBelowGate"),
+    assert [(each.score, each.baseline, each.verdict) for each in judge_gates(gates, SCORES)] == [
+        (2.0, 1.5, "Passed"),
+        (0.5, None, "Failed"),
         (None, None, "ScoreMissing"),
     ]
 

@@ -5,9 +5,9 @@ import json
 import pytest
 
 from finetune_contract.reports import MAX_TERMINATION_BYTES, ExitReport
-from finetune_trainer.commands.evaluate import shorten_scores
 from finetune_trainer.errors import TrainerError
 from finetune_trainer.evaluation.harness import _find_file, _numbers, expand_tasks, is_local, read_texts
+from finetune_trainer.evaluation.scores_file import shorten_scores
 
 
 def test_the_first_leaderboard_is_one_group_with_its_shots():

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
 
-from finetune_contract.run_config import DatasetConfig, Destination, PromotionConfig, RunConfig, Source
+from finetune_contract.gates import GateConfig
+from finetune_contract.run_config import (
+    DatasetConfig,
+    Destination,
+    EvaluationConfig,
+    PromotionConfig,
+    RunConfig,
+    Source,
+)
+from finetune_trainer.report.write import write_run_report
 from finetune_trainer.storage import publish as publishing
 from finetune_trainer.storage.publish import ACCOUNTS
 from finetune_trainer.storage.publish import CARD_MARK as MARK
@@ -76,6 +86,20 @@ def test_a_copy_from_before_there_were_reports_is_left_as_it_is(run_command, set
     (tmp_path / "workspace" / "output" / DIGEST / "README.md").write_text("a card")
     assert run_command("publish", settings=to(settings, "pvc://exports")).code == 0
     assert not (tmp_path / "workspace" / "exports" / DIGEST / "README.md").exists()
+
+
+def test_a_gate_that_was_edited_since_the_evaluation_goes_out_as_it_let_the_model_out(run_command, settings, tmp_path):
+    def gated(most):
+        gates = (GateConfig("holdout", "loss", "max", most),)
+        return dataclasses.replace(to(settings, "pvc://exports"), evaluation=EvaluationConfig(gates=gates))
+
+    reports = tmp_path / "workspace" / "reports"
+    reports.mkdir()
+    (reports / "scores.json").write_text(json.dumps({"digest": DIGEST, "scores": {"holdout": {"loss": 2.0}}}))
+    write_run_report(gated(1.5), DIGEST)
+    assert run_command("publish", settings=gated(2.5)).code == 0
+    told = json.loads((tmp_path / "workspace" / "exports" / DIGEST / "report.json").read_text())
+    assert [(gate["max"], gate["verdict"]) for gate in told["gates"]] == [(2.5, "Passed")]
 
 
 def test_a_copy_damaged_on_its_way_is_not_kept(run_command, settings, tmp_path, monkeypatch):

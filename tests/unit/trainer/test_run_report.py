@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html.parser
 import json
 import pathlib
@@ -9,9 +10,11 @@ import re
 
 import pytest
 
+from finetune_contract.gates import GateConfig
 from finetune_contract.run_config import (
     AttemptFacts,
     DatasetConfig,
+    EvaluationConfig,
     JobIdentity,
     RunConfig,
     RunHistory,
@@ -200,7 +203,10 @@ def test_the_page_shows_each_part_and_loads_nothing(run):
 class _Tags(html.parser.HTMLParser):
     def __init__(self):
         super().__init__()
-        self.tags, self.links = set(), []
+        self.tags, self.links, self.texts = set(), [], []
+
+    def handle_data(self, data):
+        self.texts.append(data)
 
     def handle_starttag(self, tag, attrs):
         self.tags.add(tag)
@@ -248,6 +254,146 @@ def test_only_files_at_the_top_are_no_content(tmp_path):
     for name in ("README.md", "adapter/README.md", "report.html", "model.safetensors"):
         (tmp_path / name).write_text("x")
     assert promoted.list_content(tmp_path) == ["adapter/README.md", "model.safetensors"]
+
+
+def add_gates(settings, *gates):
+    return dataclasses.replace(settings, evaluation=EvaluationConfig(gates=gates))
+
+
+class TestGates:
+    def test_each_gate_has_its_threshold_score_margin_and_verdict(self, run):
+        settings, digest = run
+        settings = add_gates(
+            settings,
+            GateConfig("arc_challenge", "acc_norm", "min", 0.4),
+            GateConfig("holdout", "loss", "max", 1.5),
+            GateConfig("holdout", "loss", "maxRegression", 0.25),
+            GateConfig("mmlu", "acc", "min", 0.4),
+        )
+        gates = build_report(Workspace(_root(settings)), settings, digest)["gates"]
+        assert [(one["verdict"], one["score"], one["margin"]) for one in gates] == [
+            ("Passed", 0.5, pytest.approx(0.1)),
+            ("Failed", 2.0, -0.5),
+            ("Passed", 2.0, 1.25),
+            ("ScoreMissing", None, None),
+        ]
+        assert [next(iter({"min", "max", "maxRegression"} & set(one))) for one in gates] == [
+            *("min", "max", "maxRegression", "min"),
+        ]
+        assert gates[2]["baseline"] == 3.0
+
+    def test_page_and_card_say_by_which_thresholds_and_when_they_were_judged(self, run):
+        settings, digest = run
+        settings = add_gates(
+            settings,
+            GateConfig("holdout", "loss", "max", 1.5),
+            GateConfig("holdout", "loss", "maxRegression", 0.25),
+            GateConfig("mmlu", "acc", "min", 0.4),
+        )
+        write_run_report(settings, digest)
+        reports = Workspace(_root(settings)).reports
+        made = json.loads((reports / f"run-{digest}.json").read_text())["createdAt"]
+        for text in (_text_of(reports / f"run-{digest}.html"), (reports / f"run-{digest}.md").read_text()):
+            for said in ("max 1.5", "-0.5", "failed", "maxRegression 0.25", "+1.25", "passed", "not judged"):
+                assert said in text, said
+            assert f"As of {made}" in text
+            assert "status.evaluation.gates" in text
+
+    def test_the_verdict_is_the_operator_s_which_sees_six_digits(self, run):
+        settings, digest = run
+        path = Workspace(_root(settings)).reports / "scores.json"
+        found = json.loads(path.read_text())
+        found["scores"]["holdout"]["loss"] = 1.50000001
+        write_json(path, found)
+        settings = add_gates(settings, GateConfig("holdout", "loss", "max", 1.5))
+        (gate,) = build_report(Workspace(_root(settings)), settings, digest)["gates"]
+        assert (gate["verdict"], gate["margin"]) == ("Passed", 0.0)
+
+    def test_no_gate_is_judged_by_the_scores_of_another_model(self, run):
+        settings, digest = run
+        path = Workspace(_root(settings)).reports / "scores.json"
+        path.write_text(path.read_text().replace(digest, "another"))
+        settings = add_gates(settings, GateConfig("holdout", "loss", "max", 9.0))
+        (gate,) = build_report(Workspace(_root(settings)), settings, digest)["gates"]
+        assert gate["verdict"] == "ScoreMissing"
+
+    def test_a_job_without_gates_has_no_table_of_them(self, run):
+        settings, digest = run
+        write_run_report(settings, digest)
+        reports = Workspace(_root(settings)).reports
+        assert json.loads((reports / f"run-{digest}.json").read_text())["gates"] == []
+        assert "Gates" not in _text_of(reports / f"run-{digest}.html")
+        assert "Gates" not in (reports / f"run-{digest}.md").read_text()
+
+    def test_another_threshold_makes_another_report(self, run):
+        settings, digest = run
+        page = Workspace(_root(settings)).reports / f"run-{digest}.html"
+        write_run_report(add_gates(settings, GateConfig("holdout", "loss", "max", 1.5)), digest)
+        assert "failed" in _text_of(page)
+        write_run_report(add_gates(settings, GateConfig("holdout", "loss", "max", 2.5)), digest)
+        assert "failed" not in _text_of(page)
+
+
+class TestFurtherModels:
+    @pytest.fixture
+    def compared(self, run):
+        """The run, scored beside two further models; one has another vocabulary and hence no held-out loss."""
+        settings, digest = run
+        path = Workspace(_root(settings)).reports / "scores.json"
+        near = {"holdout": {"loss": 2.1}, "arc_challenge": {"acc_norm,none": 0.3}}
+        errors = {"holdout": {"loss": 0.1}, "arc_challenge": {"acc_norm,none": 0.02}}
+        models = {
+            "previous": {"scores": near, "errors": errors},
+            "rival": {"scores": {"arc_challenge": {"acc_norm,none": 0.45}}, "errors": {}},
+        }
+        write_json(path, json.loads(path.read_text()) | {"models": models})
+        return settings, digest
+
+    def test_every_score_stands_beside_those_of_the_further_models(self, compared):
+        settings, digest = compared
+        scores = build_report(Workspace(_root(settings)), settings, digest)["scores"]
+        arc, loss = (one["models"] for one in sorted(scores, key=lambda one: one["task"]))
+        assert arc["previous"] == {
+            "score": 0.3,
+            "error": 0.02,
+            "difference": pytest.approx(0.2),
+            "differenceError": pytest.approx(0.0224, abs=1e-4),
+            "isLargerThanError": True,
+        }
+        assert (arc["rival"]["score"], arc["rival"]["isLargerThanError"]) == (0.45, None)
+        assert loss["previous"]["isLargerThanError"] is False
+        assert "rival" not in loss
+
+    def test_page_and_card_have_a_column_for_each_and_mark_what_chance_does_not_make(self, compared):
+        settings, digest = compared
+        write_run_report(settings, digest)
+        reports = Workspace(_root(settings)).reports
+        page = _text_of(reports / f"run-{digest}.html")
+        card = (reports / f"run-{digest}.md").read_text().replace("\\", "")
+        for text in (page, card):
+            for said in ("previous", "rival", "0.3 ± 0.02 *", "2.1 ± 0.1", "0.45"):
+                assert said in text, said
+            assert "2.1 ± 0.1 *" not in text
+            assert "0.45 *" not in text
+
+    def test_names_that_are_hostile_stay_text(self, compared):
+        settings, digest = compared
+        path = Workspace(_root(settings)).reports / "scores.json"
+        found = json.loads(path.read_text().replace("previous", HOSTILE.replace('"', "'")))
+        found["scores"][HOSTILE] = {"a|b": 1.0}
+        write_json(path, found)
+        settings = add_gates(settings, GateConfig(HOSTILE, "a|b", "min", 0.5))
+        write_run_report(settings, digest)
+        reports = Workspace(_root(settings)).reports
+        page = (reports / f"run-{digest}.html").read_text()
+        # The front matter is data, which nobody renders.
+        card = (reports / f"run-{digest}.md").read_text().partition("\n---\n")[2]
+        for text in (page, card):
+            assert "&lt;script" in text
+            assert "<script" not in text
+            assert "<img" not in text
+        (row,) = (line for line in card.splitlines() if "min 0.5" in line)
+        assert len(re.findall(r"(?<!\\)\|", row)) == 1 + 7
 
 
 def test_writing_the_same_report_again_touches_no_file(run):
@@ -315,7 +461,7 @@ def test_a_page_needs_no_part_but_the_frame():
     empty = {
         name: {} for name in ("job", "model", "base", "checkpoint", "data", "training", "work", "curves", "summary")
     }
-    empty |= {"versions": {}, "images": {}, "attempts": [], "scores": [], "samples": [], "missing": []}
+    empty |= {"versions": {}, "images": {}, "attempts": [], "scores": [], "gates": [], "samples": [], "missing": []}
     assert "<h1>Run report" in build_page(empty)
 
 
@@ -355,6 +501,13 @@ class TestSamples:
         unanswered = [{"role": "user", "content": "hello?"}]
         (sample,) = choose_samples([turns, long, unanswered], seed=1)
         assert (sample.prompt, sample.reference) == ("Be brief.\n\nAdd.\n1 + 1", "2")
+
+
+def _text_of(page):
+    """Return what a page shows."""
+    parser = _Tags()
+    parser.feed(page.read_text())
+    return " ".join(parser.texts)
 
 
 def _root(settings):

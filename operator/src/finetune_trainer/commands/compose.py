@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from finetune_contract.reports import ExitCode, ExitReport, Phase, Reason
 from finetune_trainer.commands import plain
 from finetune_trainer.commands.common import apply_workspace_lock
-from finetune_trainer.commands.evaluate import shorten_scores
+from finetune_trainer.evaluation.scores_file import shorten_scores
 from finetune_trainer.reporting import write_exit_report
 
 if TYPE_CHECKING:

@@ -21,9 +21,6 @@ from finetune_trainer.evaluation.task_files import fetch_tasks
 from finetune_trainer.report.write import write_run_report
 from finetune_trainer.reporting import write_exit_report
 
-MAX_DETAILS = 2800
-"""Characters of scores that a termination message has room for; all scores are in scores.json."""
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of a run in a pod and of a run on plain files."""
@@ -63,8 +60,7 @@ def run(args: argparse.Namespace) -> int:
     result = scores_file.build_result(sides)
     scores_file.write_scores(workspace, result | scores_file.describe_harness(sides) | {"digest": digest})
     scores_file.write_answers(workspace, sides)
-    details = shorten_scores({"scores": result["scores"], "baseline": result["baseline"]})
-    details |= write_run_report(settings, digest)
+    details = scores_file.build_details(result) | write_run_report(settings, digest)
     message = _message(result["scores"], result["baseline"])
     write_exit_report(ExitReport(Phase.EVALUATE, Reason.COMPLETED, message, details=details), workspace)
     print(json.dumps(result, indent=1, sort_keys=True))
@@ -96,17 +92,3 @@ def _message(scores: dict[str, Any], baseline: dict[str, Any]) -> str:
         return f"scored {len(scores)} tasks"
     text = f"held-out loss {scores['holdout']['loss']:.4f}"
     return text + (f", base {baseline['holdout']['loss']:.4f}" if "holdout" in baseline else "")
-
-
-def shorten_scores(result: dict[str, Any], limit: int = MAX_DETAILS) -> dict[str, Any]:
-    """Return the scores with few digits, without the parts of groups where they would not fit."""
-    rounded = {
-        kind: {task: {name: float(f"{value:.6g}") for name, value in metrics.items()} for task, metrics in by.items()}
-        for kind, by in result.items()
-    }
-    while len(json.dumps(rounded)) > limit:
-        # MMLU alone has 57 parts: the longest names are the parts, the group's own score has the shortest.
-        longest = max({task for by in rounded.values() for task in by}, key=len)
-        for by in rounded.values():
-            by.pop(longest, None)
-    return rounded

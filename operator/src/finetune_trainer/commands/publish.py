@@ -10,6 +10,7 @@ from finetune_contract.run_config import DatasetConfig, Destination, PromotionCo
 from finetune_contract.workspace import Workspace
 from finetune_trainer.commands.common import add_run_config_argument, apply_workspace_lock, load_run_config
 from finetune_trainer.errors import TrainerError
+from finetune_trainer.report.write import write_run_report
 from finetune_trainer.reporting import ProgressBar, ProgressReporter, write_exit_report
 
 if TYPE_CHECKING:
@@ -36,6 +37,9 @@ def run(args: argparse.Namespace) -> int:
         settings = load_run_config(args)
         workspace = apply_workspace_lock(settings)
         folder = workspace.promoted_model(settings.promotion.digest)
+        if settings.evaluation.gates:
+            # What goes out is told with the gates that let it out: they may have been edited since the evaluation.
+            write_run_report(settings, settings.promotion.digest)
     if not settings.promotion.digest or not folder.is_dir():
         raise TrainerError(
             Reason.PROMOTION_INVALID,

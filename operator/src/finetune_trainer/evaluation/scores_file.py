@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 TUNED, BASE = "tuned", "base"
 ANSWERS = "refusals.jsonl"
+MAX_DETAILS = 2800
+"""Characters of scores that a termination message has room for; all scores are in scores.json."""
 
 
 def build_result(sides: Mapping[str, Side]) -> dict[str, Any]:
@@ -35,6 +37,25 @@ def build_result(sides: Mapping[str, Side]) -> dict[str, Any]:
             if name not in (TUNED, BASE)
         },
     }
+
+
+def build_details(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the scores that are handed to the operator, which judges the gates by them."""
+    return shorten_scores({name: result.get(name) or {} for name in ("scores", "baseline")})
+
+
+def shorten_scores(result: dict[str, Any], limit: int = MAX_DETAILS) -> dict[str, Any]:
+    """Return the scores with few digits, without the parts of groups where they would not fit."""
+    rounded = {
+        kind: {task: {name: float(f"{value:.6g}") for name, value in metrics.items()} for task, metrics in by.items()}
+        for kind, by in result.items()
+    }
+    while len(json.dumps(rounded)) > limit:
+        # MMLU alone has 57 parts: the longest names are the parts, the group's own score has the shortest.
+        longest = max({task for by in rounded.values() for task in by}, key=len)
+        for by in rounded.values():
+            by.pop(longest, None)
+    return rounded
 
 
 def describe_harness(sides: Mapping[str, Side]) -> dict[str, Any]:

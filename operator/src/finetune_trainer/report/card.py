@@ -5,6 +5,7 @@ It holds no text of the data and no answer: those are in the report's page.
 
 from __future__ import annotations
 
+import html
 import math
 import re
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,14 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from finetune_trainer.report.page_attempts import format_seconds
+from finetune_trainer.report.tables import (
+    ABOUT_GATES,
+    ABOUT_MODELS,
+    ABOUT_SCORES,
+    Table,
+    tabulate_gates,
+    tabulate_scores,
+)
 from finetune_trainer.storage.publish import CARD_MARK, PROVENANCE, REPORT_PAGE
 
 if TYPE_CHECKING:
@@ -42,6 +51,7 @@ def build_card(report: Mapping[str, Any]) -> str:
         _build_training(report),
         _build_data(report["data"]),
         _build_scores(report["scores"]),
+        _build_gates(report),
         _build_lineage(report),
     )
     body = "\n\n".join(section for section in sections if section)
@@ -129,30 +139,26 @@ def _build_data(data: Mapping[str, Any]) -> str:
 def _build_scores(scores: Sequence[Mapping[str, Any]]) -> str:
     if not scores:
         return ""
-    lines = [
-        "## Scores\n",
-        "± is one standard error.\n",
-        "| task | metric | tuned | base | difference | larger than its error |",
-        "|---|---|---:|---:|---:|---|",
-    ]
-    words = {None: "no error known", True: "yes", False: "no"}
-    for one in scores:
-        base, difference, verdict = "", "", ""
-        if "base" in one:
-            base = _format(one["base"], one["baseError"])
-            difference = f"{one['difference']:+.4g}" + _format_error(one["differenceError"])
-            verdict = words[one["isLargerThanError"]]
-        tuned = _format(one["tuned"], one["tunedError"])
-        lines.append(f"| {one['task']} | {one['metric']} | {tuned} | {base} | {difference} | {verdict} |")
-    return "\n".join(lines)
+    about = f"{ABOUT_SCORES} {ABOUT_MODELS}" if any(one["models"] for one in scores) else ABOUT_SCORES
+    return f"## Scores\n\n{_escape(about)}\n\n{_build_table(tabulate_scores(scores))}"
 
 
-def _format(value: float, error: float | None) -> str:
-    return f"{value:.4g}" + _format_error(error)
+def _build_gates(report: Mapping[str, Any]) -> str:
+    if not report["gates"]:
+        return ""
+    about = ABOUT_GATES.format(time=report["createdAt"])
+    return f"## Gates\n\n{about}\n\n{_build_table(tabulate_gates(report['gates']))}"
 
 
-def _format_error(error: float | None) -> str:
-    return f" ± {error:.2g}" if error is not None else ""
+def _build_table(table: Table) -> str:
+    marks = ["---:" if index in table.numeric else "---" for index in range(len(table.names))]
+    lines = [map(_escape, table.names), marks, *(map(_escape, line) for line in table.lines)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _escape(text: str) -> str:
+    """Return a text that Markdown shows as it is, on one line of a table."""
+    return re.sub(r"([\\|*`\[\]])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
 
 
 def _build_lineage(report: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,11 +18,11 @@ from finetune_contract.run_config import RunConfig
 from finetune_contract.workspace import Workspace
 from finetune_trainer.data.output import PAGE
 from finetune_trainer.errors import redact
-from finetune_trainer.evaluation.compare import compare
 from finetune_trainer.promotion.promoted import MANIFEST
 from finetune_trainer.report import work
 from finetune_trainer.report.curves import build_curves
 from finetune_trainer.report.history import read_history
+from finetune_trainer.report.scores import list_gates, list_scores
 from finetune_trainer.reporting import now_text, read_object
 from finetune_trainer.storage.publish import PROVENANCE
 
@@ -32,8 +33,6 @@ _DATA = (
     *("rowsHoldout", "tokens", "removedPerCategory", "removedPerRule", "removedPerLanguage"),
 )
 """What is taken from the data's own report."""
-_OF_THE_DATA = "unigram_entropy"
-"""A metric that no model changes: there is nothing to compare."""
 _TRAINED = ("packing", "examples_truncated", "examples_dropped", "real_token_share")
 
 
@@ -58,7 +57,9 @@ def build_report(workspace: Workspace, run: RunConfig | None, digest: str) -> di
     report["work"], report["attempts"] = work.describe_work(history, run, report["topology"])
     report["curves"] = build_curves(history)
     report["summary"] = work.summarise(history)
-    report["scores"] = _list_scores(workspace, digest)
+    scores = _read_of(workspace.reports / "scores.json", digest)
+    report["scores"] = list_scores(scores)
+    report["gates"] = list_gates(run.evaluation.gates if run else (), scores)
     report["samples"] = _list_samples(workspace, digest)
     report["missing"] = _list_missing(report, digest)
     cleaned: dict[str, Any] = json.loads(redact(json.dumps(report)))
@@ -116,36 +117,15 @@ def _describe_examples(workspace: Workspace) -> dict[str, Any]:
     return {name: details[name] for name in _TRAINED if name in details}
 
 
-def _list_scores(workspace: Workspace, digest: str) -> list[dict[str, Any]]:
-    """Return one entry for each score of the promoted model, with the base's where it was scored too."""
-    found = read_object(workspace.reports / "scores.json")
-    if not _is_of(found, digest):
-        return []
-    tuned, base = found.get("scores") or {}, found.get("baseline") or {}
-    errors, base_errors = found.get("errors") or {}, found.get("baselineErrors") or {}
-    differences = {(one.task, one.metric): one for one in compare(tuned, base, errors, base_errors)}
-    entries = []
-    for task, metrics in tuned.items():
-        for metric, value in metrics.items():
-            entry = {"task": task, "metric": metric, "tuned": value, "tunedError": errors.get(task, {}).get(metric)}
-            one = differences.get((task, metric))
-            if one is not None and metric != _OF_THE_DATA:
-                entry |= {"base": one.base, "baseError": base_errors.get(task, {}).get(metric)}
-                entry |= {"difference": one.delta, "differenceError": one.error}
-                entry["isLargerThanError"] = one.is_larger_than_error
-            entries.append(entry)
-    return entries
-
-
 def _list_samples(workspace: Workspace, digest: str) -> list[dict[str, Any]]:
-    found = read_object(workspace.samples)
-    samples: list[dict[str, Any]] = found.get("samples") or [] if _is_of(found, digest) else []
+    samples: list[dict[str, Any]] = _read_of(workspace.samples, digest).get("samples") or []
     return samples
 
 
-def _is_of(found: Mapping[str, Any], digest: str) -> bool:
-    """Was it made with this model? Files that do not say so are taken at their place."""
-    return bool(digest) and found.get("digest") in (None, "", digest)
+def _read_of(path: pathlib.Path, digest: str) -> Mapping[str, Any]:
+    """Return what was made with this model, else nothing. Files that do not say so are taken at their place."""
+    found = read_object(path)
+    return found if digest and found.get("digest") in (None, "", digest) else {}
 
 
 def _list_missing(report: Mapping[str, Any], digest: str) -> list[str]:

@@ -13,6 +13,14 @@ from finetune_trainer.data.page_parts import build_document, build_section, buil
 from finetune_trainer.data.plots import draw_bars, draw_fates, escape, format_share
 from finetune_trainer.report.charts import Curve, draw_curves, format_number
 from finetune_trainer.report.page_attempts import build_attempts, format_seconds
+from finetune_trainer.report.tables import (
+    ABOUT_GATES,
+    ABOUT_MODELS,
+    ABOUT_SCORES,
+    Table,
+    tabulate_gates,
+    tabulate_scores,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -41,9 +49,12 @@ table.facts{width:auto;max-width:100%}
 table.facts th{white-space:nowrap;padding-right:28px}
 header code{overflow-wrap:anywhere}
 .timeline svg{min-width:760px}
-@media (max-width:760px){.wide table:not(.facts) th,.wide table:not(.facts) td{white-space:nowrap}
+.wide table:not(.facts) th{white-space:pre-wrap}
+@media screen{.wide table:not(.facts) th,.wide table:not(.facts) td{overflow-wrap:break-word}}
+@media screen and (max-width:760px){.wide table:not(.facts) th,.wide table:not(.facts) td{white-space:nowrap}
 table.facts th{white-space:normal;padding-right:10px}}
-@media print{.timeline svg{min-width:0}.tiles{grid-template-columns:repeat(4,1fr)}
+@media print{.wide td.number{white-space:pre-wrap;overflow-wrap:break-word}
+.timeline svg{min-width:0}.tiles{grid-template-columns:repeat(4,1fr)}
 .text{font-size:10px}.answers{grid-template-columns:repeat(3,1fr)}}
 """
 _CURVES = (
@@ -52,7 +63,6 @@ _CURVES = (
     ("tokensPerSecond", "Throughput", "tokens per second", True),
 )
 _FATES = (("kept", "Kept", "rowsKept"), ("removed", "Removed", "rowsRemoved"), ("bad", "Unusable", "rowsBad"))
-_VERDICTS = {None: "no error known", True: "yes", False: "no"}
 
 
 def build_page(report: Mapping[str, Any]) -> str:
@@ -63,6 +73,7 @@ def build_page(report: Mapping[str, Any]) -> str:
     sections = [
         _build_summary(report),
         _build_scores(report["scores"]),
+        _build_gates(report),
         _build_curves(report["curves"]),
         build_attempts(report),
         _build_samples(report["samples"]),
@@ -107,29 +118,23 @@ def _list_work_tiles(work: Mapping[str, Any]) -> list[str]:
 def _build_scores(scores: Sequence[Mapping[str, Any]]) -> str:
     if not scores:
         return ""
-    has_base = any("base" in one for one in scores)
-    names = ["Task", "Metric", "Tuned"] + (["Base", "Difference", "Larger than its error"] if has_base else [])
-    lines = []
-    for one in scores:
-        line = [one["task"], one["metric"], _format_score(one["tuned"], one["tunedError"])]
-        if "base" in one:
-            difference = f"{one['difference']:+.4g}" + _format_error(one["differenceError"])
-            verdict = _VERDICTS[one["isLargerThanError"]]
-            line += [_format_score(one["base"], one["baseError"]), difference, verdict]
-        lines.append(line + [""] * (len(names) - len(line)))
-    note = (
-        '<p class="note">± is one standard error. A difference is larger than its error where chance alone makes one '
-        "of its size less than 5 times in 100.</p>"
-    )
-    return build_section("Scores", note, build_table(names, lines, numeric=(2, 3, 4)))
+    about = f"{ABOUT_SCORES} {ABOUT_MODELS}" if any(one["models"] for one in scores) else ABOUT_SCORES
+    return build_section("Scores", _build_note(about), _build_table(tabulate_scores(scores)))
 
 
-def _format_score(value: float, error: float | None) -> str:
-    return f"{value:.4g}" + _format_error(error)
+def _build_gates(report: Mapping[str, Any]) -> str:
+    if not report["gates"]:
+        return ""
+    note = _build_note(ABOUT_GATES.format(time=report["createdAt"]))
+    return build_section("Gates", note, _build_table(tabulate_gates(report["gates"])))
 
 
-def _format_error(error: float | None) -> str:
-    return f" ± {error:.2g}" if error is not None else ""
+def _build_note(text: str) -> str:
+    return f'<p class="note">{escape(text)}</p>'
+
+
+def _build_table(table: Table) -> str:
+    return build_table(table.names, table.lines, table.numeric)
 
 
 def _build_samples(samples: Sequence[Mapping[str, Any]]) -> str:
