@@ -13,8 +13,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from finetune_contract.parsing import RunConfigError
 from finetune_contract.reports import Phase
-from finetune_contract.run_config import IDENTITY_TRAINING, RunConfig, RunConfigError, ServingConfig, Source
+from finetune_contract.run_config import IDENTITY_TRAINING, RunConfig, ServingConfig, Source
 
 from . import naming
 from .api.v1alpha1 import Autoscaling, FailureRule, FineTuneJob, FineTuneJobSpec

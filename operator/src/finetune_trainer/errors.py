@@ -12,8 +12,8 @@ import re
 import traceback
 from typing import TYPE_CHECKING, Any
 
+from finetune_contract.parsing import RunConfigError
 from finetune_contract.reports import ExitCode, Reason
-from finetune_contract.run_config import RunConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune_contract import run_config
-from finetune_contract.run_config import DatasetConfig, JudgeConfig, RunConfig, RunConfigError, Source, TrainingConfig
+from finetune_contract.parsing import RunConfigError
+from finetune_contract.run_config import DatasetConfig, JudgeConfig, RunConfig, Source, TrainingConfig
 
 numbers = st.floats(allow_nan=False)
 sources = st.builds(Source, source=st.text(), weight=numbers)

@@ -11,8 +11,8 @@ import sys
 
 import pytest
 
+from finetune_contract.parsing import RunConfigError
 from finetune_contract.reports import ExitCode, Reason
-from finetune_contract.run_config import RunConfigError
 from finetune_trainer import __main__ as program
 from finetune_trainer.commands import prepare
 from finetune_trainer.errors import StopRequested, TrainerError, as_trainer_error, redact

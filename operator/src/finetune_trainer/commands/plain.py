@@ -11,8 +11,9 @@ import typing
 from collections.abc import Sequence
 from typing import Any
 
+from finetune_contract.parsing import RunConfigError
 from finetune_contract.reports import ExitCode, Reason
-from finetune_contract.run_config import DatasetConfig, RunConfig, RunConfigError, Source
+from finetune_contract.run_config import DatasetConfig, RunConfig, Source
 from finetune_trainer.commands.common import add_run_config_argument, load_run_config
 from finetune_trainer.errors import TrainerError
 

@@ -13,8 +13,9 @@ import shutil
 import sys
 from typing import TYPE_CHECKING, Any
 
+from finetune_contract.parsing import to_plain
 from finetune_contract.reports import ExitCode, ExitReport, Metric, Phase, Reason
-from finetune_contract.run_config import DatasetConfig, FilterActions, FilterConfig, RunConfig, Source, to_plain
+from finetune_contract.run_config import DatasetConfig, FilterActions, FilterConfig, RunConfig, Source
 from finetune_trainer.commands.common import add_run_config_argument, apply_workspace_lock, load_run_config
 from finetune_trainer.commands.judge_options import add_judge_arguments, build_judge_config, fetch_judge
 from finetune_trainer.commands.quality_options import add_quality_arguments, build_quality

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
+from finetune_contract.parsing import to_plain
 from finetune_contract.reports import ExitCode, Reason
-from finetune_contract.run_config import to_plain
 from finetune_trainer.data import output, problems
 from finetune_trainer.data.chunks import CHUNK_BYTES, ChunkReader
 from finetune_trainer.data.formats import detect_format
