@@ -263,7 +263,7 @@ def _restarting(attempt: Attempt) -> Situation:
 def _next_after_attempt(view: View, attempt: Attempt, job: Job | None) -> Step:
     situation = STARTING if attempt.reason in UNCOUNTED_ENDS else _restarting(attempt)
     if job is not None and not (job.is_succeeded or job.is_failed or job.is_deleting):
-        return Remove((Reference("batch/v1", "Job", job.name, job.uid),), situation)
+        return Remove((Reference.to_job(job.name, job.uid),), situation)
     remaining = [pod for pod in view.observed.training_pods(attempt.number) if _is_still_running(view, pod)]
     if remaining:
         message = f"waiting for pod {remaining[0].name} of attempt {attempt.number} to end"

@@ -55,18 +55,18 @@ def _find_outdated(view: View) -> tuple[Reference, ...]:
     request = make_request(view.plan, view.record)
     current = view.plan.names.compose_job(request) if request else ""
     return tuple(
-        Reference("batch/v1", "Job", job.name, job.uid)
+        Reference.to_job(job.name, job.uid)
         for job in view.observed.jobs
         if job.component == Phase.COMPOSE and job.name != current and not job.is_deleting
     )
 
 
 def _record_success(view: View, request: str, job: Job) -> Step:
-    exits = [pod.exit for pod in view.observed.pods_of(job) if pod.exit is not None and pod.exit.code == 0]
+    exits = [each for each in view.observed.exits_of(job) if each.code == 0]
     report = next((each.report for each in exits if each.report is not None), None)
     if report is None:
         # Its pod is gone with what it found: what is composed lies on the workspace and is used again.
-        return Remove((Reference("batch/v1", "Job", job.name, job.uid),), COMPOSING)
+        return Remove((Reference.to_job(job.name, job.uid),), COMPOSING)
     record = view.record.with_composition(request, report.details)
     seconds = record.active_seconds + view.ended_seconds(job)
     return WriteRecord(dataclasses.replace(record, active_seconds=seconds), COMPOSING)

@@ -143,12 +143,12 @@ def _judge_smoke(view: View, target: Target, endpoint: Endpoint, job: Job) -> St
     """Give the version the traffic when it has answered the smoke prompt and all its pods are ready."""
     found, least = target.found, view.plan.serving.least_replicas
     is_ready = found is not None and found.is_ready and found.replicas >= least
-    exits = [pod.exit for pod in view.observed.pods_of(job) if pod.exit is not None]
+    exits = view.observed.exits_of(job)
     report = next((each.report for each in exits if each.report is not None), None)
     is_late = job.is_failed and is_ready and any(each.code == EXIT_NO_ANSWER for each in exits)
     if is_late or (job.is_succeeded and report is None):
         # The pods came up after all, or what the Job measured is lost: it is asked again.
-        return Remove((_refer(job),), DEPLOYING)
+        return Remove((Reference.to_job(job.name, job.uid),), DEPLOYING)
     if job.is_failed:
         return Wait(_describe_smoke_failure(view, target, job), kept=target.served.objects)
     if is_ready and report is not None:
@@ -183,7 +183,7 @@ def _next_when_live(view: View, target: Target, endpoint: Endpoint) -> Step | No
     plan, found = view.plan, target.found
     job = view.observed.job(plan.names.smoke_job(target.served.label))
     if job is not None and not job.is_deleting:
-        return Remove((_refer(job),), DEPLOYING)
+        return Remove((Reference.to_job(job.name, job.uid),), DEPLOYING)
     scaling = _next_scaling(view, target)
     if scaling is not None:
         return scaling
@@ -195,10 +195,6 @@ def _next_when_live(view: View, target: Target, endpoint: Endpoint) -> Step | No
         annotations = {naming.ANNOTATION_REFUSED: target.served.label}
         return Apply((build_service(plan, before.label, before.digest, annotations),), DEPLOYING)
     return Wait(_describe(view, target), kept=list_kept(view))
-
-
-def _refer(job: Job) -> Reference:
-    return Reference("batch/v1", "Job", job.name, job.uid)
 
 
 def _list_pods(view: View, label: str) -> tuple[Pod, ...]:
@@ -223,7 +219,7 @@ def _retire_surplus(view: View, target: Target, endpoint: Endpoint) -> Step | No
         if version.replicas:
             surplus = (
                 *list_companions(version.name),
-                Reference("batch/v1", "Job", plan.names.smoke_job(version.label)),
+                Reference.to_job(plan.names.smoke_job(version.label)),
             )
             return Scale(version.name, 0, DEPLOYING, surplus=surplus)
     return _forget_oldest(view, kept) if holds else None
@@ -270,7 +266,7 @@ def _describe_smoke_failure(view: View, target: Target, job: Job) -> Situation:
     described = _describe(view, target)
     if described.is_stalled:
         return described
-    exits = [pod.exit for pod in view.observed.pods_of(job) if pod.exit is not None]
+    exits = view.observed.exits_of(job)
     told = next((each.report.message for each in exits if each.report), job.failure_message)
     message = (
         f"version {target.served.digest} takes no traffic: {told or 'the smoke prompt was not answered'}"

@@ -157,7 +157,7 @@ def _remove_running(view: View, situation: Situation) -> Step | None:
     running = [job for job in view.observed.jobs if _is_running(job) and job.component not in kept]
     if not running:
         return None
-    return Remove(tuple(Reference("batch/v1", "Job", job.name, job.uid) for job in running), situation)
+    return Remove(tuple(Reference.to_job(job.name, job.uid) for job in running), situation)
 
 
 def _is_running(job: Job) -> bool:
@@ -203,7 +203,7 @@ def _take_up(view: View, terminal: Terminal) -> Step:
     if job is not None and not is_done:
         if job.is_deleting:
             return Wait(situation)
-        return Remove((Reference("batch/v1", "Job", job.name, job.uid),), situation)
+        return Remove((Reference.to_job(job.name, job.uid),), situation)
     return WriteRecord(record, situation)
 
 

@@ -224,6 +224,10 @@ class Observed:
         """Pods that the Job made."""
         return tuple(pod for pod in self.pods if pod.owner_uid == job.uid)
 
+    def exits_of(self, job: Job) -> tuple[Exit, ...]:
+        """How those of the Job's pods ended that have."""
+        return tuple(pod.exit for pod in self.pods_of(job) if pod.exit is not None)
+
     def training_pods(self, attempt: int) -> tuple[Pod, ...]:
         """Pods of one attempt, also of a Job that is gone."""
         return tuple(

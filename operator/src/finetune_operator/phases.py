@@ -61,16 +61,12 @@ def next_phase_step(view: View, phase: Phase) -> Step | None:
     if job.is_deleting:
         return wait_for_job(view, job, running)
     if phase is Phase.INSPECT and job.source_digest != view.plan.source_digest:
-        return Remove((_refer(job),), running)
+        return Remove((Reference.to_job(job.name, job.uid),), running)
     if job.is_succeeded:
         return _record_success(view, phase, job)
     if job.is_failed:
         return _next_after_failure(view, phase, job)
     return wait_for_job(view, job, _describe_running(view, phase, job))
-
-
-def _refer(job: Job) -> Reference:
-    return Reference("batch/v1", "Job", job.name, job.uid)
 
 
 def _describe_running(view: View, phase: Phase, job: Job) -> Situation:
@@ -93,7 +89,7 @@ def _record_success(view: View, phase: Phase, job: Job) -> Step:
     pods = [pod for pod in view.observed.pods_of(job) if pod.exit is not None and pod.exit.code == 0]
     if not pods:
         # The node or somebody removed the pod before its report was read; every phase may run again.
-        return Remove((_refer(job),), RUNNING[phase])
+        return Remove((Reference.to_job(job.name, job.uid),), RUNNING[phase])
     report = next((pod.exit.report for pod in pods if pod.exit is not None and pod.exit.report is not None), None)
     if report is None:
         message = (
@@ -102,7 +98,7 @@ def _record_success(view: View, phase: Phase, job: Job) -> Step:
         )
         return write_failure(view, phase, Reason.REPORT_MISSING, message)
     if phase is Phase.PREPARE and _is_older_than_claim(view, job):
-        return Remove((_refer(job),), RUNNING[phase])
+        return Remove((Reference.to_job(job.name, job.uid),), RUNNING[phase])
     change = _find_change(view.record, report.details) if phase is Phase.PREPARE else ""
     if change:
         return write_failure(view, phase, Reason.INPUTS_CHANGED, change)
@@ -151,7 +147,7 @@ def _next_after_failure(view: View, phase: Phase, job: Job) -> Step:
     claim = view.observed.claim
     if not diagnosis.is_storage_full or claim is None:
         if not view.observed.pods_of(job):
-            return Remove((_refer(job),), RUNNING[phase])
+            return Remove((Reference.to_job(job.name, job.uid),), RUNNING[phase])
         seconds = record.active_seconds + view.ended_seconds(job)
         record = dataclasses.replace(record, active_seconds=seconds)
         return write_failure(view, phase, failure.reason, f"{phase}: {failure.advice}", record)
@@ -162,7 +158,7 @@ def _next_after_failure(view: View, phase: Phase, job: Job) -> Step:
     is_known = known is not None and known.pod == failure.pod
     if is_known and 0 < view.record.storage_full_at < size:
         # It has grown since this very Job failed; one that failed after that needs still more.
-        return Remove((_refer(job),), RUNNING[phase])
+        return Remove((Reference.to_job(job.name, job.uid),), RUNNING[phase])
     return WriteRecord(dataclasses.replace(record, storage_full_at=size), RUNNING[phase])
 
 

@@ -85,7 +85,7 @@ def _remove(jobs: Sequence[Job], situation: Situation) -> Step | None:
     """Return the step that removes these Jobs, or waits until they are gone; None once they are."""
     going = [job for job in jobs if not job.is_deleting]
     if going:
-        return Remove(tuple(Reference("batch/v1", "Job", job.name, job.uid) for job in going), situation)
+        return Remove(tuple(Reference.to_job(job.name, job.uid) for job in going), situation)
     if jobs:
         return Wait(dataclasses.replace(situation, message=f"{situation.message}; Job {jobs[0].name} is going"))
     return None

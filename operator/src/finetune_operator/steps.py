@@ -36,6 +36,11 @@ class Reference:
     name: str
     uid: str = ""
 
+    @classmethod
+    def to_job(cls, name: str, uid: str = "") -> Reference:
+        """Return the reference to a Job."""
+        return cls("batch/v1", "Job", name, uid)
+
 
 @dataclasses.dataclass(frozen=True)
 class Create:

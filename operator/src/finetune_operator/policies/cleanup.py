@@ -25,7 +25,7 @@ def list_finished_children(plan: Plan, observed: Observed) -> tuple[Reference, .
     composing = {job.name for job in observed.jobs if job.component == Phase.COMPOSE and not job.is_succeeded}
     kept = {plan.names.plan_map, plan.names.record_map, *composing}
     jobs = tuple(
-        Reference("batch/v1", "Job", job.name, job.uid)
+        Reference.to_job(job.name, job.uid)
         for job in observed.jobs
         # A job that has finished may still go over to another version: it composes, and asks the smoke prompt.
         if not job.is_deleting and job.component != naming.SMOKE and job.name not in composing
