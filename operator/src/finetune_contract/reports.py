@@ -112,7 +112,7 @@ class ExitReport:
     """How one container ended. `details` holds the phase's results under the names listed below.
 
     inspect: model_bytes, model_parameters, model_type, model_revision, dataset_bytes, dataset_revisions (list),
-        evaluated_bytes (of evaluation.models, where there are any).
+        evaluated_bytes and judge_bytes (of evaluation.models and dataset.judge, where there are any).
     prepare: rows_read, rows_kept, rows_removed, rows_bad, rows_train, rows_holdout, tokens, removed_per_category (map),
         dataset_digest, report (path below the workspace), model_digest, model_revision.
     Of a failed train: last_lines (of the failing rank's output), failed_at (seconds since 1970), in_pod_restarts, and

@@ -216,6 +216,7 @@ def resolve_secrets(spec: FineTuneJobSpec) -> dict[Phase, tuple[Mapping[str, Any
     else:
         each = (entry(source, f"DATASET_{index}") for index, source in enumerate(spec.dataset.sources))
         inputs = (*model, *(found for group in each for found in group))
+    judge = entry(spec.dataset.judge, "JUDGE") if spec.dataset.judge else ()
     models = (entry(each, f"EVALUATION_{index}") for index, each in enumerate(spec.evaluation.models))
     evaluated = tuple(found for group in models for found in group)
     tasks = entry(spec.evaluation, "TASKS")
@@ -228,8 +229,8 @@ def resolve_secrets(spec: FineTuneJobSpec) -> dict[Phase, tuple[Mapping[str, Any
         {"secretRef": {"name": tracker.secret_ref.name}} for tracker in trackers if tracker and tracker.secret_ref
     )
     return {
-        Phase.INSPECT: (*inputs, *evaluated),
-        Phase.PREPARE: (*inputs, *(entry(spec.dataset.judge, "JUDGE") if spec.dataset.judge else ()), *tasks),
+        Phase.INSPECT: (*inputs, *judge, *evaluated),
+        Phase.PREPARE: (*inputs, *judge, *tasks),
         Phase.TRAIN: (*mirror, *plain),
         Phase.PROMOTE: (),
         Phase.EVALUATE: (*model, *evaluated, *tasks),

@@ -60,8 +60,8 @@ class Contents:
     lora_rank: int
     """0: all weights are trained."""
     has_weight_diff: bool = False
-    evaluated_bytes: int = 0
-    """Further models that are downloaded to be scored."""
+    further_bytes: int = 0
+    """Further models that are downloaded: to be scored, or to judge the data."""
 
 
 def count_trained(parameters: int, lora_rank: int) -> int:
@@ -93,7 +93,7 @@ def needed_bytes(contents: Contents) -> int:
     checkpoints = peak_bytes(checkpoint_bytes(contents), contents.checkpoints_kept)
     # How far a difference can be compressed is known only when it is made.
     outputs = 2 * output if contents.has_weight_diff else output
-    inputs = contents.model_bytes + 2 * contents.dataset_bytes + contents.evaluated_bytes
+    inputs = contents.model_bytes + 2 * contents.dataset_bytes + contents.further_bytes
     return inputs + checkpoints + outputs
 
 

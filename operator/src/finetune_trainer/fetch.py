@@ -258,16 +258,27 @@ def fetch_judge(
     judge: JudgeConfig, root: pathlib.Path, downloads: pathlib.Path, advance: Advance
 ) -> tuple[pathlib.Path, str]:
     """Return the folder of the judge's classifier on this machine, and a digest of its files. Raises TrainerError."""
-    access = Access("spec.dataset.judge", "model", judge.secret_prefix)
-    store = open_store(judge.source, judge.revision, access, root)
-    listing = list_with_retries(store, access, judge.source)
-    files = choose_model_files(listing.files, access)
+    access, store, revision, files = _list_judge(judge, root)
     if isinstance(store, LocalStore):
         folder = pathlib.Path(files[0].key).parent
         digests = {file.name: hash_file(pathlib.Path(file.key)) for file in files}
     else:
-        mark = hashlib.sha256(f"{judge.source} {listing.revision}".encode()).hexdigest()[:12]
+        mark = hashlib.sha256(f"{judge.source} {revision}".encode()).hexdigest()[:12]
         folder = downloads / f"judge-{mark}"
         digests = download_files(store, files, folder, access, advance)
-    emit("found the judge", source=judge.source, revision=listing.revision, files=len(files))
+    emit("found the judge", source=judge.source, revision=revision, files=len(files))
     return folder, hashlib.sha256(json.dumps(sorted(digests.items())).encode()).hexdigest()[:32]
+
+
+def measure_judge(judge: JudgeConfig, root: pathlib.Path) -> int:
+    """Return the bytes that `fetch_judge` downloads; 0 for one that is read where it is. Raises TrainerError."""
+    _, store, _, files = _list_judge(judge, root)
+    return 0 if isinstance(store, LocalStore) else sum(max(file.size, 0) for file in files)
+
+
+def _list_judge(judge: JudgeConfig, root: pathlib.Path) -> tuple[Access, Store, str, tuple[RemoteFile, ...]]:
+    """Return how the judge is opened, from where, at which revision, and its files."""
+    access = Access("spec.dataset.judge", "model", judge.secret_prefix)
+    store = open_store(judge.source, judge.revision, access, root)
+    listing = list_with_retries(store, access, judge.source)
+    return access, store, listing.revision, choose_model_files(listing.files, access)

@@ -157,7 +157,7 @@ def test_secrets_are_read_by_the_phases_that_need_them_under_the_prefix_of_their
     }
     inputs = [("FINETUNE_MODEL_", "hub"), ("FINETUNE_DATASET_0_", "one"), ("FINETUNE_DATASET_2_", "three")]
     assert prefixes == {
-        Phase.INSPECT: inputs,
+        Phase.INSPECT: [*inputs, ("FINETUNE_JUDGE_", "judge")],
         Phase.PREPARE: [*inputs, ("FINETUNE_JUDGE_", "judge")],
         Phase.TRAIN: [("FINETUNE_MIRROR_", "mirror"), (None, "wandb")],
         Phase.PROMOTE: [],

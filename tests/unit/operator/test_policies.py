@@ -439,7 +439,8 @@ def test_every_gate_is_judged_with_its_numbers():
     ]
 
 
-def test_models_that_are_downloaded_to_be_scored_need_room():
+def test_models_that_are_downloaded_to_be_scored_or_to_judge_need_room():
     plan = make_test_plan(training={"recipe": "wizardlm-freeform"}, resources={"gpusPerNode": 4})
     alone = needed_bytes(list_contents(plan, LLAMA_7B))
     assert needed_bytes(list_contents(plan, {**LLAMA_7B, "evaluated_bytes": 5 * 10**9})) == alone + 5 * 10**9
+    assert needed_bytes(list_contents(plan, {**LLAMA_7B, "judge_bytes": 3 * 10**9})) == alone + 3 * 10**9

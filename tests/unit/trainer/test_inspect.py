@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from finetune_contract.reports import ExitCode
-from finetune_contract.run_config import DatasetConfig, EvaluationConfig, NamedModel, RunConfig, Source
+from finetune_contract.run_config import DatasetConfig, EvaluationConfig, JudgeConfig, NamedModel, RunConfig, Source
 from tests.support.model_bytes import build_model, build_safetensors
 
 
@@ -38,6 +38,19 @@ def test_further_models_to_score_are_sized_but_for_those_on_the_workspace(run_co
     settings = dataclasses.replace(settings, evaluation=EvaluationConfig(models=models))
     details = run_command("inspect", settings=settings).details
     assert details["evaluated_bytes"] == details["model_bytes"]
+
+
+def test_a_judge_that_is_downloaded_is_sized(run_command, settings):
+    def inspect(source):
+        dataset = dataclasses.replace(settings.dataset, judge=JudgeConfig(source))
+        return run_command("inspect", settings=dataclasses.replace(settings, dataset=dataset))
+
+    details = inspect("hf://acme/tiny").details
+    assert details["judge_bytes"] == details["model_bytes"]
+    assert inspect("pvc://judge").details["judge_bytes"] == 0
+    absent = inspect("hf://acme/absent")
+    assert absent.code == ExitCode.NO_INPUT
+    assert "spec.dataset.judge.source" in absent.text
 
 
 def test_a_further_model_that_does_not_exist_is_named_before_anything_runs(run_command, settings):

@@ -24,7 +24,7 @@ def list_contents(plan: Plan, inspected: Mapping[str, Any]) -> Contents:
         zero_stage=training.zero_stage or choose_zero_stage(parameters, plan.processes, lora_rank),
         lora_rank=lora_rank,
         has_weight_diff=plan.run.promotion.weight_diff,
-        evaluated_bytes=int(inspected.get("evaluated_bytes") or 0),
+        further_bytes=sum(int(inspected.get(name) or 0) for name in ("evaluated_bytes", "judge_bytes")),
     )
 
 

@@ -7,7 +7,7 @@ import pathlib
 from typing import TYPE_CHECKING, Any
 
 from finetune_contract.reports import ExitReport, Phase, Reason
-from finetune_contract.run_config import DatasetConfig, RunConfig, Source
+from finetune_contract.run_config import DatasetConfig, JudgeConfig, RunConfig, Source
 from finetune_trainer.commands.common import add_run_config_argument, load_run_config
 from finetune_trainer.reporting import emit, write_exit_report
 
@@ -31,6 +31,8 @@ def run(args: argparse.Namespace) -> int:
     details = _inspect_model(settings, root) if settings.model.source else {}
     if settings.dataset.sources:
         details |= _inspect_dataset(settings, root)
+    if settings.dataset.judge.source:
+        details["judge_bytes"] = _inspect_judge(settings.dataset.judge, root)
     if settings.evaluation.models:
         details["evaluated_bytes"] = _inspect_evaluated(settings, root)
     print(json.dumps(details, indent=1))
@@ -62,6 +64,13 @@ def _inspect_model(settings: RunConfig, root: pathlib.Path) -> dict[str, Any]:
         "model_type": facts.model_type,
         "model_revision": model.revision,
     }
+
+
+def _inspect_judge(judge: JudgeConfig, root: pathlib.Path) -> int:
+    """Return the size of the judge where it is to be downloaded; it must be there."""
+    from finetune_trainer.fetch import measure_judge
+
+    return 0 if judge.source.startswith("pvc://") else measure_judge(judge, root)
 
 
 def _inspect_evaluated(settings: RunConfig, root: pathlib.Path) -> int:
