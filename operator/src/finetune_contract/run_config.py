@@ -209,11 +209,23 @@ class Topology:
 
 @dataclasses.dataclass(frozen=True)
 class Destination:
-    """Where a promoted model, or checkpoints, are copied to."""
+    """Where something is copied to: checkpoints, to s3:// only."""
 
     destination: str
-    """s3://, pvc:// or hf:// URL; for checkpoints s3:// only."""
+    """s3://, pvc:// or hf:// URL."""
     secret_prefix: str = ""
+
+
+CONTENTS = ("Model", "Adapter")
+"""What of a promoted model may be copied: all of it, or of a LoRA job the adapter alone."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelDestination(Destination):
+    """Where a promoted model is copied to."""
+
+    content: str = dataclasses.field(default=CONTENTS[0], metadata=SENT_IF_SET)
+    """One of CONTENTS."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,7 +285,7 @@ class PromotionConfig:
 
     select: str = "last"
     """last or best."""
-    destinations: tuple[Destination, ...] = ()
+    destinations: tuple[ModelDestination, ...] = ()
     digest: str = ""
     """Digest of the promoted model; empty until promotion has run."""
     weight_diff: bool = False

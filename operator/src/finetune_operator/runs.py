@@ -21,6 +21,7 @@ from finetune_contract.run_config import (
     FilterConfig,
     JobIdentity,
     JudgeConfig,
+    ModelDestination,
     NamedModel,
     PromotionConfig,
     QualityConfig,
@@ -57,7 +58,7 @@ def resolve_run(job: FineTuneJob, settings: Settings) -> RunConfig:
         promotion=PromotionConfig(
             select="best" if spec.checkpoint.retention.best.count else "last",
             destinations=tuple(
-                Destination(each.destination, _prefix(each, f"DESTINATION_{index}"))
+                ModelDestination(each.destination, _prefix(each, f"DESTINATION_{index}"), each.content)
                 for index, each in enumerate(spec.promotion.destinations)
             ),
             weight_diff=spec.promotion.weight_diff.enabled,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 
@@ -129,6 +130,15 @@ def test_a_frozen_plan_keeps_what_the_job_is_under_an_operator_with_other_defaul
 def test_a_frozen_plan_of_an_unknown_release_is_refused_not_guessed():
     with pytest.raises(InvalidJobError, match="another release"):
         make_plan(make_fine_tune_job(), make_settings(), '{"images": {}, "run": {"version": 99}}')
+
+
+def test_the_publishing_pod_learns_what_each_destination_is_to_hold():
+    destinations = [{"destination": "s3://a/models"}, {"destination": "s3://a/adapters", "content": "Adapter"}]
+    plan = make_test_plan(training={"method": "lora"}, promotion={"destinations": destinations})
+    text = build_run_config(plan, make_record()).to_json()
+    # Images that know no other content go on with what they know.
+    assert ["content" in each for each in json.loads(text)["promotion"]["destinations"]] == [False, True]
+    assert [each.content for each in RunConfig.from_json(text).promotion.destinations] == ["Model", "Adapter"]
 
 
 def test_secrets_are_read_by_the_phases_that_need_them_under_the_prefix_of_their_source():

@@ -10,8 +10,8 @@ import pytest
 from finetune_contract.gates import GateConfig
 from finetune_contract.run_config import (
     DatasetConfig,
-    Destination,
     EvaluationConfig,
+    ModelDestination,
     PromotionConfig,
     RunConfig,
     Source,
@@ -35,7 +35,7 @@ def settings(tmp_path):
 
 
 def to(settings, *destinations):
-    listed = tuple(Destination(url, f"FINETUNE_DESTINATION_{n}_") for n, url in enumerate(destinations))
+    listed = tuple(ModelDestination(url, f"FINETUNE_DESTINATION_{n}_") for n, url in enumerate(destinations))
     return RunConfig(
         settings.model,
         settings.dataset,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from finetune_contract.run_config import DatasetConfig, Destination, PromotionConfig, RunConfig, Source
+from finetune_contract.run_config import DatasetConfig, ModelDestination, PromotionConfig, RunConfig, Source
 from finetune_contract.workspace import Workspace
 from finetune_trainer.promotion import promoted
 from finetune_trainer.storage.publish import ACCOUNTS
@@ -39,7 +39,7 @@ def digest_of(workspace):
 
 
 def settings(workspace, *destinations):
-    listed = tuple(Destination(url) for url in destinations)
+    listed = tuple(ModelDestination(url) for url in destinations)
     promotion = PromotionConfig(destinations=listed, digest=digest_of(workspace), weight_diff=True)
     return RunConfig(Source("hf://a/b"), DatasetConfig(()), workspace=str(workspace.root), promotion=promotion)
 

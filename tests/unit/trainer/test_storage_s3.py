@@ -9,7 +9,14 @@ import threading
 import boto3
 import pytest
 
-from finetune_contract.run_config import DatasetConfig, Destination, JobIdentity, PromotionConfig, RunConfig, Source
+from finetune_contract.run_config import (
+    DatasetConfig,
+    JobIdentity,
+    ModelDestination,
+    PromotionConfig,
+    RunConfig,
+    Source,
+)
 from finetune_trainer.errors import TrainerError
 from finetune_trainer.storage import Access, open_store, s3_upload
 from finetune_trainer.storage.location import parse_location
@@ -312,7 +319,10 @@ def test_a_job_runs_from_s3_to_s3(run_command, s3, bucket, *, destination, instr
     output.mkdir(parents=True)
     (output / "config.json").write_text("{}")
     promotion = PromotionConfig(
-        destinations=(Destination(f"s3://{bucket}/out", "FINETUNE_DESTINATION_0_"), Destination("pvc://exports")),
+        destinations=(
+            ModelDestination(f"s3://{bucket}/out", "FINETUNE_DESTINATION_0_"),
+            ModelDestination("pvc://exports"),
+        ),
         digest="feed",
     )
     published = run_command("publish", settings=dataclasses.replace(settings, promotion=promotion))

@@ -139,10 +139,13 @@ class Evaluation(Model):
 
 
 class Destination(Model):
-    """A place that the promoted model is copied to, below a folder named by its digest."""
+    """A place that the promoted model, or its adapter, is copied to, below a folder named by the digest of that."""
 
     destination: DestinationUrl
     """s3://bucket/prefix, pvc://path on the workspace, or hf://organisation/name."""
+    content: Literal["Model", "Adapter"] = "Model"
+    """Model: all of it, ready to serve. Adapter: with training.method lora the LoRA adapter alone, which is small and
+    needs the base model."""
     secret_ref: SecretRef | None = None
     """Secret with credentials for the destination."""
 
@@ -154,6 +157,13 @@ class WeightDiff(Model):
     """Whether it is made, after the gates, at /workspace/weight-diffs/<digest>, and copied with the model."""
 
 
+def _has_repositories_of_its_own(promotion: Promotion) -> bool:
+    """Is no hub repository named for a model and for an adapter?"""
+    listed = [each for each in promotion.destinations if each.destination.startswith("hf://")]
+    models, adapters = ({each.destination for each in listed if each.content == kind} for kind in ("Model", "Adapter"))
+    return not models & adapters
+
+
 class Promotion(Model):
     """Where the promoted model goes, besides /workspace/output."""
 
@@ -161,6 +171,17 @@ class Promotion(Model):
     """Places that the promoted model is copied to after the gates."""
     weight_diff: WeightDiff = WeightDiff()
     """The promoted model as the difference from its base: smaller, and of no use without it."""
+
+    validations = (
+        Rule(
+            "!has(self.destinations) || !self.destinations.exists(one, one.content == 'Adapter'"
+            " && one.destination.startsWith('hf://') && self.destinations.exists(other, other.content == 'Model'"
+            " && other.destination == one.destination))",
+            "model and adapter in one repository are taken for each other: write another repository for one of them",
+            _has_repositories_of_its_own,
+            field="destinations",
+        ),
+    )
 
 
 METRICS = ("cpu", "memory", "vllm:num_requests_waiting")

@@ -103,6 +103,10 @@ def _can_measure_adapters(spec: FineTuneJobSpec) -> bool:
     return not spec.inference.adapters or has_rows or bool(spec.evaluation.tasks) or spec.evaluation.refusals
 
 
+def _has_adapter_to_publish(spec: FineTuneJobSpec) -> bool:
+    return spec.training.method == "lora" or all(each.content == "Model" for each in spec.promotion.destinations)
+
+
 class FineTuneJobSpec(Model):
     """What the user asks for."""
 
@@ -186,6 +190,13 @@ class FineTuneJobSpec(Model):
             "name evaluation.tasks",
             _can_measure_adapters,
             field="inference.adapters",
+        ),
+        Rule(
+            "self.training.method == 'lora' || !has(self.promotion.destinations)"
+            " || self.promotion.destinations.all(each, each.content == 'Model')",
+            "with training.method: full there is no adapter to publish: write content: Model, or training.method: lora",
+            _has_adapter_to_publish,
+            field="promotion.destinations",
         ),
     )
 

@@ -11,8 +11,9 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from finetune_contract.reports import ExitCode, Reason
-from finetune_trainer.adapters.base import Base, find_adapter_base
+from finetune_trainer.adapters.base import Base, find_adapter_base, read_model_base
 from finetune_trainer.errors import TrainerError
+from finetune_trainer.reporting import read_object
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -90,6 +91,17 @@ def read_adapter(folder: pathlib.Path, label: str = "") -> Adapter:
     _check_config(label, config)
     digest, base = _make_digest(folder, config), find_adapter_base(folder, config)
     return Adapter(folder, config, _pair(label, config, tensors), digest, base, label)
+
+
+def require_base(folder: pathlib.Path, model: pathlib.Path, label: str) -> None:
+    """Raise TrainerError for an adapter that says that it was trained on another model than that of this folder."""
+    named = find_adapter_base(folder, read_object(folder / CONFIG))
+    # Only then: of a model that nothing is recorded of, every byte is read.
+    if named.digests:
+        found = read_model_base(model)
+        if named.differs_from(found):
+            why = f"its base is {named.label}, and {model} is {found.label}"
+            raise refuse(label, why, "Name the model that it was trained on.")
 
 
 def refuse(label: str, why: str, hint: str) -> TrainerError:

@@ -25,8 +25,7 @@ from finetune_trainer.errors import TrainerError
 from finetune_trainer.evaluation.evaluate import read_holdout
 from finetune_trainer.evaluation.task_files import fetch_tasks
 from finetune_trainer.promotion import promoted
-from finetune_trainer.promotion.promote import ADAPTER
-from finetune_trainer.promotion.promoted import find_promoted
+from finetune_trainer.promotion.promoted import ADAPTER, find_promoted
 from finetune_trainer.reporting import emit, write_json
 from finetune_trainer.storage import Access
 from finetune_trainer.training import modeling

@@ -9,6 +9,7 @@ import pathlib
 from typing import TYPE_CHECKING, Any
 
 from finetune_contract.reports import ExitCode, Reason
+from finetune_trainer.adapters.folder import require_base
 from finetune_trainer.commands import plain
 from finetune_trainer.data import prompts
 from finetune_trainer.errors import TrainerError
@@ -83,6 +84,8 @@ def _check(args: argparse.Namespace) -> None:
     for is_wrong, message, hint in wrong:
         if is_wrong:
             raise TrainerError(Reason.INVALID_CONFIG, ExitCode.USAGE, message, hint)
+    if args.adapter is not None:
+        require_base(args.adapter, pathlib.Path(args.model), f"--adapter {args.adapter}")
 
 
 def _answer_file(args: argparse.Namespace, sampling: Sampling) -> int:

@@ -1,12 +1,21 @@
-"""`publish`: copy the promoted model to every destination of the job, or one folder to one place."""
+"""`publish`: copy the promoted model, or its adapter, to every destination of the job, or one folder to one place."""
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
+import tempfile
 from typing import TYPE_CHECKING, Any
 
 from finetune_contract.reports import ExitCode, ExitReport, Phase, Reason
-from finetune_contract.run_config import DatasetConfig, Destination, PromotionConfig, RunConfig, Source
+from finetune_contract.run_config import (
+    CONTENTS,
+    DatasetConfig,
+    ModelDestination,
+    PromotionConfig,
+    RunConfig,
+    Source,
+)
 from finetune_contract.workspace import Workspace
 from finetune_trainer.commands.common import add_run_config_argument, apply_workspace_lock, load_run_config
 from finetune_trainer.errors import TrainerError
@@ -15,8 +24,20 @@ from finetune_trainer.reporting import ProgressBar, ProgressReporter, write_exit
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Mapping
 
+    from finetune_trainer.storage.publish import Advance, LocalFile
     from finetune_trainer.weight_diff.promoted import PromotedDiff
+
+
+@dataclasses.dataclass(frozen=True)
+class _Copy:
+    """One folder that a destination gets."""
+
+    digest: str
+    files: tuple[LocalFile, ...]
+    part: str = ""
+    """What it is beside a model; empty: it is what was asked for."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", metavar="DIR", type=pathlib.Path, help="folder of the promoted model, named by digest"
     )
     plain.add_argument("--destination", metavar="URL", help="s3:// or hf:// URL, or a folder")
+    plain.add_argument(
+        "--content", choices=CONTENTS, default="Model", help="the model, or its LoRA adapter alone (default: Model)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -72,7 +96,9 @@ def _read_plain(args: argparse.Namespace) -> tuple[RunConfig, Workspace, pathlib
             Reason.INVALID_CONFIG, ExitCode.USAGE, "--model without --destination", "Add --destination URL."
         )
     folder = args.model.resolve()
-    promotion = PromotionConfig(destinations=(Destination(args.destination),), digest=folder.name)
+    promotion = PromotionConfig(
+        destinations=(ModelDestination(args.destination, content=args.content),), digest=folder.name
+    )
     settings = RunConfig(Source(str(folder)), DatasetConfig(()), promotion=promotion)
     return settings, Workspace(folder.parent), folder
 
@@ -80,39 +106,63 @@ def _read_plain(args: argparse.Namespace) -> tuple[RunConfig, Workspace, pathlib
 def _publish_everywhere(
     settings: RunConfig, workspace: Workspace, folder: pathlib.Path, diff: PromotedDiff | None
 ) -> list[str]:
-    """Copy the model, and the diff beside it, to each destination; return the models' URLs."""
-    from finetune_trainer.storage import Access
-    from finetune_trainer.storage.publish import WEIGHT_DIFF, list_model_files, publish_folder
+    """Copy to each destination what it is to hold; return the URLs, of model and diff the model's."""
+    destinations, urls, done = settings.promotion.destinations, [], 0
+    with tempfile.TemporaryDirectory(prefix="adapter-") as beside:
+        copies = _list_copies(settings, folder, diff, pathlib.Path(beside))
+        listed = [copies[each.content] for each in destinations]
+        total = max(sum(file.size for group in listed for copy in group for file in copy.files), 1)
+        with ProgressReporter() as reporter, ProgressBar("publishing", total, "B") as bar:
 
-    promotion = settings.promotion
-    parts = {"": list_model_files(folder)}
-    if diff is not None and promotion.destinations:
-        parts[WEIGHT_DIFF] = list_model_files(diff.folder)
-    total = max(sum(file.size for files in parts.values() for file in files) * len(promotion.destinations), 1)
-    urls, done = [], 0
-    with ProgressReporter() as reporter, ProgressBar("publishing", total, "B") as bar:
+            def advance(amount: int) -> None:
+                nonlocal done
+                done += amount
+                bar.advance(amount)
+                reporter.update(100 * done / total)
 
-        def advance(amount: int) -> None:
-            nonlocal done
-            done += amount
-            bar.advance(amount)
-            reporter.update(100 * done / total)
-
-        for index, destination in enumerate(promotion.destinations):
-            field = f"spec.promotion.destinations[{index}]"
-            access = Access(field, "destination", destination.secret_prefix, "destination")
-            found = [
-                publish_folder(
-                    destination.destination,
-                    promotion.digest,
-                    files,
-                    access,
-                    workspace_root=workspace.root,
-                    advance=advance,
-                    part=part,
-                )
-                for part, files in parts.items()
-            ]
-            urls.append(found[0])
-        reporter.update(100, urgent=True)
+            for index, group in enumerate(listed):
+                found = [_publish(settings, index, copy, workspace.root, advance) for copy in group]
+                urls.append(found[0])
+            reporter.update(100, urgent=True)
     return urls
+
+
+def _list_copies(
+    settings: RunConfig, folder: pathlib.Path, diff: PromotedDiff | None, beside: pathlib.Path
+) -> Mapping[str, list[_Copy]]:
+    """Return by content what is copied where that is asked for; only what is asked for anywhere is read."""
+    from finetune_trainer.promotion.adapter import list_adapter_files
+    from finetune_trainer.storage.publish import WEIGHT_DIFF, list_model_files
+
+    wanted = [each.content for each in settings.promotion.destinations]
+    copies: dict[str, list[_Copy]] = {}
+    # First: what it refuses is known before a large model is read.
+    if "Adapter" in wanted:
+        copies["Adapter"] = [_Copy(*list_adapter_files(folder, beside, _name_field(wanted.index("Adapter"))))]
+    if "Model" in wanted:
+        digest = settings.promotion.digest
+        copies["Model"] = [_Copy(digest, list_model_files(folder))]
+        if diff is not None:
+            copies["Model"].append(_Copy(digest, list_model_files(diff.folder), WEIGHT_DIFF))
+    return copies
+
+
+def _name_field(index: int) -> str:
+    return f"spec.promotion.destinations[{index}]"
+
+
+def _publish(settings: RunConfig, index: int, copy: _Copy, root: pathlib.Path, advance: Advance) -> str:
+    from finetune_trainer.storage import Access
+    from finetune_trainer.storage.publish import publish_folder
+
+    destination = settings.promotion.destinations[index]
+    access = Access(_name_field(index), "destination", destination.secret_prefix, "destination")
+    return publish_folder(
+        destination.destination,
+        copy.digest,
+        copy.files,
+        access,
+        workspace_root=root,
+        advance=advance,
+        part=copy.part,
+    )

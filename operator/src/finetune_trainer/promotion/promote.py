@@ -24,13 +24,12 @@ from finetune_trainer.data.prompts import begin_ids, build_chat_template
 from finetune_trainer.errors import TrainerError, first_line
 from finetune_trainer.promotion import promoted
 from finetune_trainer.promotion.gather import load_gathered
+from finetune_trainer.promotion.promoted import ADAPTER
 from finetune_trainer.promotion.provenance import build_provenance
 from finetune_trainer.reporting import emit, emit_warning, write_json
 from finetune_trainer.storage.publish import PROVENANCE
 from finetune_trainer.training import modeling
 
-ADAPTER = "adapter"
-"""Folder of the LoRA adapter beside the merged weights."""
 _SHARD_BYTES = "4GB"
 
 

@@ -21,6 +21,8 @@ from finetune_trainer.reporting import write_json
 from finetune_trainer.storage.publish import ACCOUNTS
 
 MANIFEST = "finetune-model.json"
+ADAPTER = "adapter"
+"""Folder of a LoRA job's adapter beside the merged weights."""
 NOT_CONTENT = frozenset((MANIFEST, *ACCOUNTS))
 """Files at the top of the folder that lie beside the model: they tell of it, and may be written anew."""
 

@@ -1,10 +1,11 @@
-"""The model card of a promoted model: README.md with the front matter that hubs read, by `huggingface_hub`. Pure.
+"""The model card of a promoted model, or of its adapter alone: README.md with the front matter that hubs read. Pure.
 
 It holds no text of the data and no answer: those are in the report's page.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import math
 import re
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from finetune_trainer.adapters.compose import SERVED_RANKS
 from finetune_trainer.report.page_attempts import format_seconds
 from finetune_trainer.report.tables import (
     ABOUT_GATES,
@@ -29,13 +31,27 @@ if TYPE_CHECKING:
 _TEMPLATES = {"wizardlm", "alpaca", "vicuna"}
 
 
-def build_card(report: Mapping[str, Any]) -> str:
-    """Return the card's text."""
+@dataclasses.dataclass(frozen=True)
+class AdapterFacts:
+    """What a card says of an adapter that is published without its base."""
+
+    base: str
+    """Name on the hub, or where else the base came from; empty: not known."""
+    revision: str
+    """Commit of the base on the hub; empty elsewhere."""
+    rank: int
+    has_tokenizer: bool
+    """Whether a tokenizer lies beside it; else it is the base's."""
+
+
+def build_card(report: Mapping[str, Any], adapter: AdapterFacts | None = None) -> str:
+    """Return the text of a promoted model's card; with `adapter` of the one for its adapter alone."""
     data = ModelCardData(
-        base_model=_name_on_hub(report["base"].get("source")),
-        datasets=[name for source in report["data"].get("sources") or () if (name := _name_on_hub(source))] or None,
+        base_model=name_on_hub(report["base"].get("source")),
+        base_model_relation="adapter" if adapter else None,
+        datasets=[name for source in report["data"].get("sources") or () if (name := name_on_hub(source))] or None,
         eval_results=_list_results(report["scores"]) or None,
-        library_name="transformers",
+        library_name="peft" if adapter else "transformers",
         license=report["base"].get("license"),
         license_name=report["base"].get("license_name"),
         license_link=report["base"].get("license_link"),
@@ -46,13 +62,13 @@ def build_card(report: Mapping[str, Any]) -> str:
     sections = (
         CARD_MARK,
         f"# {_choose_name(report)}",
-        _describe(report),
-        _build_use(report),
+        _describe(report, adapter),
+        _build_adapter_use(report, adapter) if adapter else _build_use(report),
         _build_training(report),
         _build_data(report["data"]),
         _build_scores(report["scores"]),
         _build_gates(report),
-        _build_lineage(report),
+        _build_lineage(report, adapter),
     )
     body = "\n\n".join(section for section in sections if section)
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n"))
@@ -62,7 +78,7 @@ def _choose_name(report: Mapping[str, Any]) -> str:
     return str(report["job"].get("name") or (report["model"].get("digest") or "")[:12] or "model")
 
 
-def _name_on_hub(source: str | None) -> str | None:
+def name_on_hub(source: str | None) -> str | None:
     """Return `owner/name` of a source on the hub; None for one elsewhere."""
     found = re.fullmatch(r"hf://(?:datasets/|models/)?([^/@]+/[^/@]+)(?:[/@].*)?", source or "")
     return found.group(1) if found else None
@@ -83,20 +99,64 @@ def _list_results(scores: Sequence[Mapping[str, Any]]) -> list[EvalResult]:
     ]
 
 
-def _describe(report: Mapping[str, Any]) -> str:
+def _describe(report: Mapping[str, Any], adapter: AdapterFacts | None) -> str:
     base = report["base"]
     if not base.get("source"):
         return ""
     revision = f" at revision `{base['revision']}`" if base.get("revision") else ""
-    return f"`{base['source']}`{revision}, fine-tuned on instructions."
+    if adapter is None:
+        return f"`{base['source']}`{revision}, fine-tuned on instructions."
+    return (
+        f"A LoRA adapter of rank {adapter.rank} for `{base['source']}`{revision}, trained on instructions. "
+        "It holds what was learned and no model: it needs that base model, and no other will do."
+    )
+
+
+def _describe_prompt(report: Mapping[str, Any]) -> str:
+    template = report["data"].get("promptTemplate")
+    prompt = f"The prompt of training is `{template}`; " if template in _TEMPLATES else ""
+    return f"{prompt}the tokenizer's chat template renders it."
+
+
+def _build_adapter_use(report: Mapping[str, Any], adapter: AdapterFacts) -> str:
+    """Return how the adapter is put on its base; one that is on no hub is a folder of the reader's."""
+    is_on_hub = name_on_hub(report["base"].get("source")) == adapter.base
+    base = adapter.base if is_on_hub else "base-model"
+    aside = "" if is_on_hub else f" `base-model` stands for the folder of the base model, `{adapter.base}`."
+    at = f', revision="{adapter.revision}"' if adapter.revision else ""
+    option = f" --revision {adapter.revision}" if adapter.revision else ""
+    tokenizer = '"."' if adapter.has_tokenizer else f'"{base}"{at}'
+    return (
+        "## Use\n\n"
+        f"{_describe_prompt(report)}{aside} With PEFT:\n\n"
+        "```python\n"
+        "from peft import PeftModel\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'base = AutoModelForCausalLM.from_pretrained("{base}"{at}, dtype="auto")\n'
+        'model = PeftModel.from_pretrained(base, ".")  # this folder, or the repository\'s name\n'
+        f"tokenizer = AutoTokenizer.from_pretrained({tokenizer})\n"
+        f"```{_build_vllm_use(adapter, base + option, _choose_name(report))}"
+    )
+
+
+def _build_vllm_use(adapter: AdapterFacts, base: str, name: str) -> str:
+    rank = next((each for each in SERVED_RANKS if each >= adapter.rank), None)
+    if rank is None:
+        return ""
+    template = " --chat-template chat_template.jinja" if adapter.has_tokenizer else ""
+    return (
+        "\n\nWith vLLM, in this folder:\n\n"
+        "```sh\n"
+        f"vllm serve {base} \\\n"
+        f"  --enable-lora --max-lora-rank {rank} --lora-modules {name}=.{template}\n"
+        "```"
+    )
 
 
 def _build_use(report: Mapping[str, Any]) -> str:
-    template = report["data"].get("promptTemplate")
-    prompt = f"The prompt of training is `{template}`; " if template in _TEMPLATES else ""
     return (
         "## Use\n\n"
-        f"{prompt}the tokenizer's chat template renders it.\n\n"
+        f"{_describe_prompt(report)}\n\n"
         "```python\n"
         "from transformers import pipeline\n\n"
         'generate = pipeline("text-generation", model=".")  # this folder, or the repository\'s name\n'
@@ -161,14 +221,16 @@ def _escape(text: str) -> str:
     return re.sub(r"([\\|*`\[\]])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
 
 
-def _build_lineage(report: Mapping[str, Any]) -> str:
+def _build_lineage(report: Mapping[str, Any], adapter: AdapterFacts | None) -> str:
     checkpoint, base = report["checkpoint"], report["base"]
-    facts = [f"model digest `{report['model'].get('digest', '')}`"] if report["model"] else []
+    kind = "digest of the model with the adapter merged into it" if adapter else "model digest"
+    facts = [f"{kind} `{report['model'].get('digest', '')}`"] if report["model"] else []
     facts += [f"base model digest `{base['digest']}`"] if base.get("digest") else []
     facts += [f"checkpoint of step {checkpoint['step']:,}"] if "step" in checkpoint else []
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items() if version)
     facts += [versions] if versions else []
-    facts.append(f"everything, to be read by programs: `{PROVENANCE}`; as a page: `{REPORT_PAGE}`")
+    page = "" if adapter else f"; as a page: `{REPORT_PAGE}`"
+    facts.append(f"everything, to be read by programs: `{PROVENANCE}`{page}")
     return _section("Lineage", facts)
 
 

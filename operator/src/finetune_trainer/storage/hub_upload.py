@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from finetune_trainer.storage.access import Access
     from finetune_trainer.storage.location import Location
 
+MODEL, ADAPTER = "config.json", "adapter_config.json"
+"""Files by which libraries tell that a repository holds a model, or an adapter."""
+
 
 def publish_to_hub(
     location: Location, digest: str, files: Sequence[LocalFile], access: Access, folder: str = ""
@@ -70,7 +73,15 @@ class _Repository:
         """Send the files and `mark`, the name under which COMPLETE goes, unless the tag is there already."""
         self.api.create_repo(self.name, private=True, exist_ok=True)
         if not self._has_tag(digest, files, mark):
+            self._refuse_mixture({file.name for file in files})
             self._commit(digest, files, mark)
+
+    def _refuse_mixture(self, names: set[str]) -> None:
+        """Raise TrainerError where a model would lie beside an adapter: libraries take the one for the other."""
+        for own, other, kind in ((MODEL, ADAPTER, "an adapter"), (ADAPTER, MODEL, "a model")):
+            if own in names and other not in names and self.api.file_exists(self.name, other):
+                why = f"the repository holds {kind}, which libraries would take for what is published"
+                raise self.access.invalid(self.name, why, "Write a repository of its own.")
 
     def _has_tag(self, digest: str, files: Sequence[LocalFile], mark: str) -> bool:
         """Is the model there already? Raises TrainerError when the tag names something else."""
@@ -87,7 +98,7 @@ class _Repository:
         sent = [file for file in files if not (file.name == MODEL_CARD and is_card_kept)]
         operations = [CommitOperationAdd(file.name, str(file.path)) for file in sent]
         operations.append(CommitOperationAdd(mark, io.BytesIO(build_complete(digest, files))))
-        commit = self.api.create_commit(self.name, operations, commit_message=f"Publish model {digest}")
+        commit = self.api.create_commit(self.name, operations, commit_message=f"Publish {digest}")
         different = self._find_difference(commit.oid, sent)
         if different is not None:
             # The tag alone says that the model is published; without it the commit is none.
@@ -98,7 +109,7 @@ class _Repository:
                 f"{where}: {different.name} arrived in {self.name} with other content",
                 "The commit was not tagged; the model is sent anew when the phase runs again.",
             )
-        self.api.create_tag(self.name, tag=digest, revision=commit.oid, tag_message=f"Model {digest}")
+        self.api.create_tag(self.name, tag=digest, revision=commit.oid, tag_message=f"Published {digest}")
 
     def _find_difference(self, revision: str, files: Sequence[LocalFile]) -> LocalFile | None:
         """Return the first file that the hub does not have as it left, by size and digest; None when all arrived."""

@@ -1,4 +1,4 @@
-"""Copying a promoted model to its destinations, each below a folder named by the model's digest.
+"""Copying a promoted model, or its adapter, to its destinations, each below a folder named by the copy's digest.
 
 The file `COMPLETE` is written last: without it nothing is published. What is there under the same digest is kept when
 it is the same, continued when it is part of it, and never overwritten when it is something else.
@@ -44,11 +44,11 @@ Advance = Callable[[int], None]
 
 @dataclasses.dataclass(frozen=True)
 class LocalFile:
-    """One file of the promoted model."""
+    """One file that is published."""
 
     path: pathlib.Path
     name: str
-    """Path below the model's folder."""
+    """Path below the folder that it is copied to."""
     size: int
     sha256: str
 
@@ -75,9 +75,12 @@ class Target(Protocol):
 def list_model_files(folder: pathlib.Path) -> tuple[LocalFile, ...]:
     """Return the files of a promoted model with their digests."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != COMPLETE)
-    return tuple(
-        LocalFile(path, path.relative_to(folder).as_posix(), path.stat().st_size, hash_file(path)) for path in paths
-    )
+    return tuple(describe_file(path, path.relative_to(folder).as_posix()) for path in paths)
+
+
+def describe_file(path: pathlib.Path, name: str) -> LocalFile:
+    """Return a file as it is to be published under a name."""
+    return LocalFile(path, name, path.stat().st_size, hash_file(path))
 
 
 def publish_folder(
