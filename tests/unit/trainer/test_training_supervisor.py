@@ -5,6 +5,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -13,8 +14,11 @@ from finetune_contract.reports import ExitCode, Reason
 from finetune_contract.run_config import Topology, TrainingConfig
 from finetune_trainer.errors import StopRequested, TrainerError
 from finetune_trainer.training.supervisor import run_ranks
+from finetune_trainer.training.watch import Watch
 from tests.support.waiting import eventually
 
+EPOLL_WAITS = {"232", "281", "22"}
+"""Numbers of epoll_wait and epoll_pwait on x86-64, and of epoll_pwait on arm64."""
 TWO = Topology(processes_per_node=2)
 
 
@@ -97,6 +101,58 @@ def test_ranks_that_crash_while_they_are_asked_to_stop_are_not_restarted(tmp_pat
     assert (tmp_path / "starts").read_text() == "start\n"
 
 
+def test_a_stop_reaches_ranks_that_say_nothing_though_it_does_not_interrupt_the_wait():
+    pid, (reader, writer) = os.fork(), os.pipe()
+    if pid == 0:
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(7))
+        while True:
+            signal.pause()
+    os.close(writer)
+    watch = Watch()
+    watch.add(0, pid, reader)
+    previous = signal.getsignal(signal.SIGTERM)
+    watch.take_signals()
+    # A signal that comes just before a wait does not end it; nor does one that another thread is given.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    sender = threading.Thread(target=_send_while_main_waits)
+    sender.start()
+    try:
+        watch.run()
+    finally:
+        sender.join()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        signal.signal(signal.SIGTERM, previous)
+    assert (watch.ranks[0].exit_code, watch.is_stopping) == (7, True)
+
+
+def test_a_stop_that_comes_while_ranks_are_forked_reaches_each_of_them(monkeypatch):
+    fork, threads = os.fork, []
+
+    def fork_and_stop():
+        pid = fork()
+        if pid and not threads:
+            threads.append(threading.Thread(target=_send_to_own_process))
+            threads[0].start()
+            threads[0].join()
+        return pid
+
+    monkeypatch.setattr(os, "fork", fork_and_stop)
+    outcome = run_ranks(_wait_for_signal, TWO, TrainingConfig())
+    assert outcome.exit_code == ExitCode.SUSPENDED
+
+
+def _send_while_main_waits():
+    call = pathlib.Path(f"/proc/self/task/{os.getpid()}/syscall")
+    eventually(lambda: call.read_text().split()[0] in EPOLL_WAITS, within=30, every=0.01, otherwise=call.read_text)
+    _send_to_own_process()
+
+
+def _send_to_own_process():
+    """Have this thread take the signal, as any thread of a process may that does not block it."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def test_after_a_crash_the_ranks_go_on_in_the_same_process(tmp_path):
     def work():
         mark = tmp_path / "crashed"
@@ -138,8 +194,8 @@ def test_several_nodes_are_never_restarted_in_the_pod(tmp_path, monkeypatch):
 
 def test_sigterm_reaches_every_rank_and_the_run_ends_suspended(tmp_path):
     def work():
-        (tmp_path / f"ready-{_rank()}").touch()
         try:
+            (tmp_path / f"ready-{_rank()}").touch()
             _wait_for_signal()
         except StopRequested:
             (tmp_path / f"stopped-{_rank()}").touch()

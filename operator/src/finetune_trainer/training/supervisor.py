@@ -126,8 +126,10 @@ class _Launch:
     def _fork_all(self, common: Mapping[str, str]) -> Watch:
         host, port = _choose_rendezvous(self._topology)
         watch = Watch(self._due if self._deadline.seconds else None, self._note_hang)
-        # The signal waits until the child has its own handler: none is lost between fork and installation.
+        # The signal waits until the child has its own handler: none is lost between fork and installation. Another
+        # thread of this process may be given it all the same, so the handler is there first.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        watch.take_signals()
         try:
             for local in range(self._topology.processes_per_node):
                 variables = {
@@ -141,7 +143,9 @@ class _Launch:
                     **({"GLOO_SOCKET_IFNAME": "lo"} if host == "127.0.0.1" else {}),
                 }
                 self._fork(variables, watch)
-            watch.take_signals()
+        except BaseException:
+            watch.close()
+            raise
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         return watch

@@ -41,7 +41,7 @@ class Reaped:
 
 
 LOOK_SECONDS = 1.0
-"""How often signs of life are looked at while nothing else happens."""
+"""How often signs of life and signals are looked at while nothing else happens."""
 
 Due = Callable[[Iterable[int]], float]
 """Returns when the ranks with these numbers are hung unless they give a sign of life; infinity: not yet known."""
@@ -71,6 +71,8 @@ class Watch:
         self._num_running += 1
         self._selector.register(reader, selectors.EVENT_READ, ("output", rank))
         self._selector.register(os.pidfd_open(pid), selectors.EVENT_READ, ("end", rank))
+        if self.is_stopping:
+            os.kill(pid, signal.SIGTERM)
 
     def take_signals(self) -> None:
         """Forward SIGTERM to the ranks from here on."""
@@ -95,15 +97,12 @@ class Watch:
                 if time.monotonic() >= self._kill_at:
                     self._kill_rest()
         finally:
-            self._close()
+            self.close()
 
-    def _choose_timeout(self) -> float | None:
+    def _choose_timeout(self) -> float:
         deadline = min(self._drained_at, self._kill_at, self._hung_at())
-        timeout = None if math.isinf(deadline) else max(0.0, deadline - time.monotonic())
-        if self._due is None:
-            return timeout
-        # Signs of life come without an event.
-        return LOOK_SECONDS if timeout is None else min(timeout, LOOK_SECONDS)
+        # Signs of life come without an event, and a signal that arrives just before the wait does not end it.
+        return min(max(0.0, deadline - time.monotonic()), LOOK_SECONDS)
 
     def _hung_at(self) -> float:
         """Return when the ranks are hung; a failure that ends them anyway comes first."""
@@ -166,7 +165,7 @@ class Watch:
         self._selector.unregister(descriptor)
         os.close(descriptor)
 
-    def _close(self) -> None:
+    def close(self) -> None:
         """Leave no rank, descriptor or handler behind, whatever ended the watch."""
         self._kill_rest()
         for key in list(self._selector.get_map().values()):
