@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from finetune_contract.run_config import FilterConfig
 from finetune_trainer.data.findings import Finding
 from finetune_trainer.data.folding import EDGE_SENTENCES, FoldedText, find_original_span, fold
-from finetune_trainer.data.formats import parse_row
+from finetune_trainer.data.formats import Conversation, parse_row
 from finetune_trainer.data.refusals import RowFilter, RuleFilter, make_filter
-from finetune_trainer.data.rules import CATEGORIES, Example, Rule, list_languages, read_rules
+from finetune_trainer.data.rules import CATEGORIES, Example, Rule, RuleError, _read_file, list_languages, read_rules
 from finetune_trainer.errors import TrainerError
 
 RULES = read_rules()
@@ -22,22 +22,38 @@ def judge(answer: str, instruction: str = "Go on.", row_filter: RowFilter = DEFA
     return row_filter.judge(parse_row({"instruction": instruction, "output": answer}, "evol", {})).removal
 
 
+def finds(rule: Rule, example: Example) -> bool:
+    """Whether the rule, on its own, finds something in the example, and one of its anchors is there."""
+    folded = FoldedText(example.answer)
+    is_anchored = any(fold(anchor) in folded.text for anchor in rule.anchors)
+    return is_anchored and bool(RuleFilter([rule]).judge(read_example(example)).findings)
+
+
+def read_example(example: Example) -> Conversation:
+    return parse_row({"instruction": example.question, "output": example.answer}, "evol", {})
+
+
 @pytest.mark.parametrize(
     ("rule", "example"),
     [pytest.param(rule, one, id=f"{rule.id}-{number}") for rule in RULES for number, one in enumerate(rule.match)],
 )
-def test_a_rule_matches_its_examples_and_the_row_goes_or_is_doubted(rule: Rule, example: Example):
-    text = example.answer
-    folded = FoldedText(text)
-    assert any(fold(anchor) in folded.text for anchor in rule.anchors)
-    row = parse_row({"instruction": example.question, "output": text}, "evol", {})
-    assert RuleFilter([rule]).judge(row).findings
-    verdict = DEFAULT.judge(row)
-    assert rule.weight == 1 or verdict.removal or verdict.is_unsure
-    if rule.weight == 1:
-        assert verdict.removal is not None
-        start, end = verdict.removal.span
-        assert 0 <= start < end <= len(text)
+def test_a_rule_matches_its_examples_and_the_row_goes(rule: Rule, example: Example):
+    assert finds(rule, example)
+    removal = DEFAULT.judge(read_example(example)).removal
+    assert removal is not None
+    start, end = removal.span
+    assert 0 <= start < end <= len(example.answer)
+
+
+@pytest.mark.parametrize(
+    ("rule", "example"),
+    [pytest.param(rule, one, id=f"{rule.id}-{number}") for rule in RULES for number, one in enumerate(rule.doubt)],
+)
+def test_a_rule_finds_what_is_to_be_doubted_and_the_row_stays_for_a_judge(rule: Rule, example: Example):
+    assert finds(rule, example)
+    verdict = DEFAULT.judge(read_example(example))
+    assert verdict.removal is None
+    assert verdict.is_unsure
 
 
 @pytest.mark.parametrize(
@@ -51,6 +67,31 @@ def test_every_language_has_rules_of_every_category():
     assert set(list_languages()) == {"de", "en", "es", "fr", "ja", "pt", "zh"}
     for language in list_languages():
         assert {rule.category for rule in read_rules(language)} == set(CATEGORIES)
+
+
+RULE = """
+language = "en"
+
+[[rule]]
+id = "en-refusal-help"
+category = "refusal"
+position = "opening"
+weight = 0.5
+anchors = ["help"]
+pattern = "i can't help"
+no_match = ["I can help."]
+"""
+
+
+@pytest.mark.parametrize("key", ["match", "doubt"])
+def test_a_rule_needs_examples_that_it_must_remove_or_doubt(key, tmp_path):
+    path = tmp_path / "en.toml"
+    path.write_text(f'{RULE}{key} = ["I can\'t help."]\n', encoding="utf-8")
+    (rule,) = _read_file(path)
+    assert getattr(rule, key) == (Example("I can't help."),)
+    path.write_text(f"{RULE}{key} = []\n", encoding="utf-8")
+    with pytest.raises(RuleError, match=r"en-refusal-help: .* match or doubt"):
+        _read_file(path)
 
 
 def test_rule_names_are_unique():

@@ -141,7 +141,7 @@ def find_problems(entries: Sequence[Entry], known_words: Iterable[str] = ()) -> 
 
 
 def _list_known_words() -> set[str]:
-    texts = [one.answer for rule in read_rules() for one in (*rule.match, *rule.no_match)]
+    texts = [one.answer for rule in read_rules() for one in (*rule.match, *rule.doubt, *rule.no_match)]
     return {word for text in (*texts, *read_legacy_phrases()) for word in _WORD.findall(text.lower())}
 
 

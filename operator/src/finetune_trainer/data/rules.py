@@ -31,7 +31,7 @@ class RuleError(ValueError):
 
 
 class Example(NamedTuple):
-    """A text of which a rule must, or no rule may, remove a row."""
+    """An answer that a rule has to find, or that no rule may remove."""
 
     answer: str
     question: str = "Go on."
@@ -52,6 +52,9 @@ class Rule:
     unless_asked: tuple[str, ...]
     """Kinds of requests (`rules/requests/`) whose answers the rule does not judge."""
     match: tuple[Example, ...]
+    """What is removed, with this rule among those that find something in it."""
+    doubt: tuple[Example, ...]
+    """What the rule finds but is kept, flagged for a judge: its weight alone does not decide."""
     no_match: tuple[Example, ...]
 
 
@@ -134,7 +137,8 @@ def _read_file(path: pathlib.Path) -> list[Rule]:
                 unless=_compile(_expand(entry["unless"], fragments, path), place) if "unless" in entry else None,
                 weight=float(entry.get("weight", 1.0)),
                 unless_asked=tuple(entry.get("unless_asked", ())),
-                match=_list_examples(entry["match"], place),
+                match=_list_examples(entry.get("match", ()), place),
+                doubt=_list_examples(entry.get("doubt", ()), place),
                 no_match=_list_examples(entry["no_match"], place),
             )
         )
@@ -145,7 +149,7 @@ def _validate(entry: Mapping[str, Any], place: str) -> None:
     known = {field.name for field in dataclasses.fields(Rule)}
     if unknown := sorted(set(entry) - known):
         raise RuleError(f"{place}: unknown key {unknown[0]}")
-    if missing := sorted({"id", "category", "position", "anchors", "pattern", "match", "no_match"} - set(entry)):
+    if missing := sorted({"id", "category", "position", "anchors", "pattern", "no_match"} - set(entry)):
         raise RuleError(f"{place}: {missing[0]} is missing")
     if entry["category"] not in CATEGORIES:
         raise RuleError(f"{place}: category is one of {', '.join(CATEGORIES)}, not {entry['category']}")
@@ -153,8 +157,8 @@ def _validate(entry: Mapping[str, Any], place: str) -> None:
         raise RuleError(f"{place}: position is one of {', '.join(POSITIONS)}, not {entry['position']}")
     if unknown := sorted(set(entry.get("unless_asked", ())) - set(read_requests())):
         raise RuleError(f"{place}: no kind of request is called {unknown[0]}")
-    if not (entry["anchors"] and entry["match"] and entry["no_match"]):
-        raise RuleError(f"{place}: anchors, match and no_match need an entry each")
+    if not (entry["anchors"] and entry["no_match"] and (entry.get("match") or entry.get("doubt"))):
+        raise RuleError(f"{place}: anchors, no_match, and match or doubt need an entry each")
 
 
 def _list_examples(entries: Sequence[str | list[str]], place: str) -> tuple[Example, ...]:
