@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import re
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -19,7 +17,7 @@ from typing import Any
 
 from tests.bench.results import Result, write_results
 from tests.cluster.faults import Faults, Line
-from tests.cluster.world import TOOL, World, open_world
+from tests.cluster.world import World, borrow_world
 from tests.demo.demo import install_chart
 from tests.support.jobs import apply_job, make_job
 from tests.support.waiting import eventually
@@ -150,17 +148,9 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cluster", default="default")
     arguments = parser.parse_args()
-    command = (sys.executable, str(TOOL))
-    before = subprocess.run(
-        (*command, "status", "--name", arguments.cluster), check=True, capture_output=True, text=True
-    )
-    world = open_world(arguments.cluster)
-    try:
+    with borrow_world(arguments.cluster) as world:
         install_chart(world.cluster, world.images)
         pods, ranks = measure(world, arguments.rounds)
-    finally:
-        if json.loads(before.stdout)["state"] == "down":
-            subprocess.run((*command, "down", "--name", arguments.cluster), check=False)
     write_results("restart", build_results(pods, ranks), rounds={"pod": pods, "rank": ranks})
     return 0
 

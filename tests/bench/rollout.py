@@ -15,13 +15,12 @@ import itertools
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from typing import Any
 
 from tests.bench.results import FOLDER, Result, write_results
-from tests.cluster.world import TOOL, World, open_world
+from tests.cluster.world import World, borrow_world
 from tests.demo.demo import install_chart
 from tests.support.jobs import JobHandle, apply_job, make_job
 from tests.support.load import Load, list_failed
@@ -137,20 +136,14 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--cluster", default="default")
     arguments = parser.parse_args()
-    command = (sys.executable, str(TOOL))
-    before = subprocess.run(
-        (*command, "status", "--name", arguments.cluster), check=True, capture_output=True, text=True
-    )
-    world = open_world(arguments.cluster)
-    namespace = world.make_namespace("rollout")
-    rollout = Rollout(world, namespace, arguments.requests)
-    try:
-        install_chart(world.cluster, world.images)
-        lines, passed = rollout.run()
-    finally:
-        world.cluster.run("delete", "namespace", namespace, "--wait=false")
-        if json.loads(before.stdout)["state"] == "down":
-            subprocess.run((*command, "down", "--name", arguments.cluster), check=False)
+    with borrow_world(arguments.cluster) as world:
+        namespace = world.make_namespace("rollout")
+        rollout = Rollout(world, namespace, arguments.requests)
+        try:
+            install_chart(world.cluster, world.images)
+            lines, passed = rollout.run()
+        finally:
+            world.cluster.run("delete", "namespace", namespace, "--wait=false")
     FOLDER.mkdir(parents=True, exist_ok=True)
     kept = {"happened": rollout.happened, "passed": passed, "requests": lines}
     (FOLDER / "rollout-requests.json").write_text(json.dumps(kept), encoding="utf-8")

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import re
 import statistics
-import subprocess
 import sys
 import time
 
 from tests.bench.results import Result, write_results
 from tests.cluster.faults import Faults
-from tests.cluster.world import TOOL, World, open_world
+from tests.cluster.world import World, borrow_world
 from tests.demo.demo import install_chart
 from tests.support.jobs import JobHandle, apply_job, make_job
 from tests.support.load import Load
@@ -89,6 +87,20 @@ class Round:
         return {"first_answer": answered - passed, **spans, **alone}
 
 
+def measure(world: World, num_rounds: int) -> list[dict[str, float]]:
+    """Return the seconds of each part, round by round."""
+    rounds = []
+    namespace = world.make_namespace("start")
+    try:
+        install_chart(world.cluster, world.images)
+        for number in range(num_rounds):
+            rounds.append(Round(world, namespace, f"start-{number}").measure())
+            print(", ".join(f"{name} {seconds:.1f} s" for name, seconds in rounds[-1].items()), flush=True)
+        return rounds
+    finally:
+        world.cluster.run("delete", "namespace", namespace, "--wait=false")
+
+
 def build_results(rounds: list[dict[str, float]]) -> list[Result]:
     """Return the medians, the headline first."""
     names = ("first_answer", *PARTS, "pod_ready", "smoke")
@@ -102,23 +114,9 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cluster", default="default")
     arguments = parser.parse_args()
-    command = (sys.executable, str(TOOL))
-    before = subprocess.run(
-        (*command, "status", "--name", arguments.cluster), check=True, capture_output=True, text=True
-    )
-    world = open_world(arguments.cluster)
-    rounds = []
-    namespace = world.make_namespace("start")
-    try:
-        install_chart(world.cluster, world.images)
-        for number in range(arguments.rounds):
-            rounds.append(Round(world, namespace, f"start-{number}").measure())
-            print(", ".join(f"{name} {seconds:.1f} s" for name, seconds in rounds[-1].items()), flush=True)
+    with borrow_world(arguments.cluster) as world:
+        rounds = measure(world, arguments.rounds)
         load = os.getloadavg()
-    finally:
-        world.cluster.run("delete", "namespace", namespace, "--wait=false")
-        if json.loads(before.stdout)["state"] == "down":
-            subprocess.run((*command, "down", "--name", arguments.cluster), check=False)
     write_results("serve-start", build_results(rounds), rounds=rounds, load_average=load)
     return 0
 

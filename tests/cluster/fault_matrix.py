@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import subprocess
 import sys
 import time
@@ -22,7 +21,7 @@ import pytest
 
 from tests.bench.results import Result, write_results
 from tests.cluster.faults import LOSES_NODES_QUICKLY, PATIENCE_SECONDS, Faults
-from tests.cluster.world import TOOL, World, open_world
+from tests.cluster.world import World, borrow_world
 from tests.demo.demo import OPERATOR_NAMESPACE, install_chart
 from tests.demo.kubectl import ClusterError
 from tests.support.jobs import apply_job, make_job
@@ -306,15 +305,9 @@ def main() -> int:
     unknown = set(names) - {fault.name for fault in FAULTS}
     if unknown:
         parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(fault.name for fault in FAULTS)}")
-    tool = (sys.executable, str(TOOL))
-    before = subprocess.run((*tool, "status", "--name", arguments.cluster), check=True, capture_output=True, text=True)
-    world = open_world(arguments.cluster)
-    try:
+    with borrow_world(arguments.cluster) as world:
         install_chart(world.cluster, world.images)
         return run_matrix(world, [fault for fault in FAULTS if not names or fault.name in names])
-    finally:
-        if json.loads(before.stdout)["state"] == "down":
-            subprocess.run((*tool, "down", "--name", arguments.cluster), check=False)
 
 
 if __name__ == "__main__":

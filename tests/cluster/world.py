@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -9,6 +10,7 @@ import secrets
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 from tests.cluster.bring_up import bring_up, read_s3_keys
@@ -33,6 +35,29 @@ def open_world(name: str) -> World:
     return world
 
 
+@contextlib.contextmanager
+def borrow_world(name: str) -> Iterator[World]:
+    """Open the world of that name for a while; its cluster goes down at the end if it was down before."""
+    was_down = json.loads(_run_tool(name, "status"))["state"] == "down"
+    world = open_world(name)
+    try:
+        yield world
+    finally:
+        if was_down:
+            # What was measured is worth more than a clean end, so a failure is only printed.
+            subprocess.run(_list_command(name, "down"), check=False)
+
+
+def _run_tool(name: str, *arguments: str) -> str:
+    finished = subprocess.run(_list_command(name, *arguments), check=False, capture_output=True, text=True, timeout=300)
+    assert finished.returncode == 0, f"{' '.join(arguments)}: {finished.stderr[-2000:]}"
+    return finished.stdout
+
+
+def _list_command(name: str, *arguments: str) -> tuple[str, ...]:
+    return (sys.executable, str(TOOL), *arguments, "--name", name)
+
+
 @dataclasses.dataclass(frozen=True)
 class World:
     """One running embedded cluster."""
@@ -45,10 +70,7 @@ class World:
 
     def tool(self, *arguments: str) -> str:
         """Run the cluster's own command, as in `tool("stop", "s3")`."""
-        command = (sys.executable, str(TOOL), arguments[0], *arguments[1:], "--name", self.name)
-        finished = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
-        assert finished.returncode == 0, f"{' '.join(arguments)}: {finished.stderr[-2000:]}"
-        return finished.stdout
+        return _run_tool(self.name, *arguments)
 
     def read_status(self) -> dict[str, Any]:
         """Return what the cluster's command says about it."""
