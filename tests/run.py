@@ -22,8 +22,7 @@ TRAINER = REPOSITORY / ".venv-trainer" / "bin" / "python"
 RUNGS = {
     "unit": (LIGHT, "-n", "2"),
     "chart": (LIGHT,),
-    # Its tests wait most of the time; each of the two has an API server of its own.
-    "api": (LIGHT, "-n", "2", "--dist", "worksteal"),
+    "api": (LIGHT,),
     "trainer": (TRAINER,),
     "cluster": (LIGHT,),
     "gpu": (TRAINER,),
