@@ -246,7 +246,9 @@ class Kubelet:
             for pod in self.rest.items(f"{self._path('pods')}?labelSelector=finetune.dev%2Fversion%3D{label}"):
                 if pod["metadata"].get("deletionTimestamp"):
                     self.delete(pod)
-                elif pod["status"].get("phase") != "Running":
+                else:
+                    # Said again and again, as a kubelet does: the node controller takes pods for unready whose node
+                    # never says that it lives, and these never do.
                     self.run(pod)
             deployment = self.rest.get(path)
             status, counts = deployment["status"], ("replicas", "updatedReplicas", "availableReplicas")
@@ -254,5 +256,10 @@ class Kubelet:
             is_current = status.get("observedGeneration", 0) >= deployment["metadata"]["generation"]
             return is_current and all(status.get(name, 0) == wanted for name in counts)
 
+        def describe() -> str:
+            pods = self.rest.items(f"{self._path('pods')}?labelSelector=finetune.dev%2Fversion%3D{label}")
+            deployment, told = self.rest.get(path), [(pod["metadata"], pod["status"]) for pod in pods]
+            return f"{path} never became available: {json.dumps([deployment['metadata'], deployment['status'], told])}"
+
         # A controller manager whose API server was just restarted by another test takes its time to come back.
-        eventually(is_done, within=150, every=0.2, otherwise=f"{path} never became available")
+        eventually(is_done, within=150, every=0.2, otherwise=describe)
