@@ -20,12 +20,12 @@ demo: venv ## From nothing to a served model, on the embedded cluster or on CONT
 	@$(BIN)/python -m tests.demo --cluster "$(CLUSTER)" --context "$(CONTEXT)"
 
 .PHONY: test
-test: venv venv-trainer ## Run every rung that needs no GPU
-	@$(PYTHON) tests/run.py unit chart api trainer cluster
+test: venv venv-trainer venv-vllm ## Run every rung that needs no GPU
+	@$(PYTHON) tests/run.py unit chart api trainer cluster vllm
 
 ##@ One rung of the tests
 
-.PHONY: test-unit test-chart test-api test-trainer test-cluster test-gpu test-faults
+.PHONY: test-unit test-chart test-api test-trainer test-vllm test-cluster test-gpu test-faults
 test-unit: venv ## No network, no torch: seconds
 	@$(PYTHON) tests/run.py unit
 test-chart: venv ## Helm templates and the values' schema
@@ -34,6 +34,8 @@ test-api: venv ## A real API server, no nodes
 	@$(PYTHON) tests/run.py api
 test-trainer: venv venv-trainer ## DeepSpeed with several ranks, no cluster
 	@$(PYTHON) tests/run.py trainer
+test-vllm: venv-trainer venv-vllm ## An endpoint's pods on real vLLM, built for CPUs
+	@$(PYTHON) tests/run.py vllm
 test-cluster: venv ## Real pods on the embedded cluster
 	@$(PYTHON) tests/run.py cluster
 test-gpu: venv-trainer ## Needs a GPU; skipped without one
@@ -86,6 +88,10 @@ venv: ## Make .venv: operator, light trainer commands, development tools
 venv-trainer: ## Make .venv-trainer: the training stack
 	@$(PYTHON) tests/cluster/images/venvs.py trainer
 
+.PHONY: venv-vllm
+venv-vllm: ## Make .venv-vllm: vLLM as in the inference image, built for CPUs
+	@$(PYTHON) tests/cluster/images/venvs.py vllm
+
 .PHONY: fmt
 fmt: venv ## Format the Python code
 	@$(BIN)/ruff format operator tests
@@ -131,4 +137,4 @@ kubeconfig: ## Print the path of its kubeconfig
 
 .PHONY: clean
 clean: ## Remove what was built in the checkout
-	@rm -rf build dist .venv .venv-trainer .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf build dist .venv .venv-trainer .venv-vllm .pytest_cache .mypy_cache .ruff_cache .hypothesis

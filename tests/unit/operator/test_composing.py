@@ -24,6 +24,7 @@ from tests.support.operator_parts import (
     make_pod,
     make_record,
     make_report,
+    make_settings,
     make_test_plan,
     seconds,
 )
@@ -183,14 +184,29 @@ def test_a_suspended_job_composes_nothing():
 def test_vllm_gets_the_composed_adapter_under_the_endpoint_s_name():
     plan = make_test_plan(inference={"adapters": [POLITE], "runtime": "vllm"})
     record = make_composed(plan)
-    args = build_served(plan, record).objects[1]["spec"]["template"]["spec"]["containers"][0]["args"]
+    whole, args = list_vllm_args(plan, record)
+    assert whole == "--promoted=/workspace/output/abc123"
     assert args[:2] == ["/workspace/output/abc123", "--served-model-name=support-7b-base"]
     assert "--max-lora-rank=16" in args
     assert args[args.index("--lora-modules") + 1] == "support-7b=/workspace/adapters/f00d"
-    over_base = make_composed(plan, model="models/base")
-    args = build_served(plan, over_base).objects[1]["spec"]["template"]["spec"]["containers"][0]["args"]
+    assert "--trust-remote-code" not in args
+    whole, args = list_vllm_args(plan, make_composed(plan, model="models/base"))
+    assert whole == "--promoted=/workspace/output/abc123"
     assert args[0] == "/workspace/models/base"
     assert "--tokenizer=/workspace/output/abc123" in args
+
+
+def test_vllm_may_run_a_model_s_own_code_where_the_administrators_allow_it():
+    plan = make_test_plan(make_settings(limits={"trustRemoteCode": True}), inference={"runtime": "vllm"})
+    assert "--trust-remote-code" in list_vllm_args(plan, RECORD)[1]
+
+
+def list_vllm_args(plan, record):
+    """Return what a pod of the endpoint looks at first, and what it gives to `vllm serve`."""
+    container = build_served(plan, record).objects[1]["spec"]["template"]["spec"]["containers"][0]
+    whole, *start = container["args"][:4]
+    assert start == ["--", "vllm", "serve"]
+    return whole, container["args"][4:]
 
 
 def test_the_status_tells_version_profile_and_adapters_and_is_not_ready_before_they_are_served():

@@ -486,7 +486,7 @@ def test_a_model_too_large_for_its_gpus_is_refused_with_the_numbers():
     [
         (None, "see kubectl logs"),
         (make_exit(137, "OOMKilled"), "raise inference.pod.resources.limits.memory"),
-        (make_exit(1, message="x\ntorch.OutOfMemoryError: CUDA out of memory. Tried\n"), "inference.gpusPerReplica"),
+        (make_exit(1, report=make_report("serve", 1, "ServerFailed", "vLLM ended")), "vLLM ended: see kubectl logs"),
         (make_exit(1, message="Traceback\nValueError: no such flag\n\n"), "code 1: ValueError: no such flag"),
         (
             make_exit(66, report=make_report("serve", 66, "X", "a folder is damaged", hint="Promote again.")),

@@ -82,10 +82,12 @@ def test_training_on_a_cpu(assert_golden):
 
 
 def _build_endpoint(plan):
-    """Return the objects of an endpoint, without the text of the script that is a file of its own."""
+    """Return the objects of an endpoint, without the text of the scripts that are files of their own."""
     served = build_served(plan, RECORD)
     config_map, *others = served.objects
     assert config_map["data"].pop("smoke_prompt.py").startswith('"""The smoke prompt')
+    if plan.serving.runtime == "vllm":
+        assert config_map["data"].pop("vllm_server.py").startswith('"""Starts vLLM in a pod')
     live = build_service(plan, served.label, served.digest)
     return config_map, *others, live, build_smoke_job(plan, served.label, plan.pods[Phase.SERVE].image, 300)
 

