@@ -225,7 +225,7 @@ def _build_pod(plan: Plan, vllm_args: list[str], start_seconds: int, *, is_on_on
         url = f"--url=http://127.0.0.1:{PORT}"
         period = 2
         started = _run_script("check", url, f"--model={plan.names.endpoint}")
-        # vLLM breaks off what it is answering when it is asked to stop.
+        # Asked to stop, vLLM ends its engine at once: requests that are under way then get no end.
         stop = _run_script("drain", url, f"--delay={UNHURRIED_SECONDS}", f"--within={DRAIN_SECONDS - 5}")
     server |= {
         "ports": [{"name": "http", "containerPort": PORT, "protocol": "TCP"}],
