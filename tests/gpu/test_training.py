@@ -57,6 +57,10 @@ def _train(material, workspace, num_gpus, *settings):
         ("training.precision=bf16", "training.packing=true"),
         ("training.precision=fp16", "training.packing=false"),
         ("training.precision=bf16", "training.method=lora"),
+        *(
+            ("training.method=lora", "training.lora_quantization=nf4", f"training.zero_stage={stage}")
+            for stage in (2, 3)
+        ),
         ("training.precision=bf16", "training.zero_stage=2"),
     ],
 )

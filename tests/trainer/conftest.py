@@ -12,8 +12,12 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from finetune_trainer.training.stack import block_modules
 from tests.support import tiny_models
 from tests.support.training_runs import SMALL, Run, build_llama, build_texts, import_stack, write_data
+
+# As in every command. Test files import PEFT, which would import it, and with it a compiler.
+block_modules(["bitsandbytes"])
 
 
 def pytest_collection_modifyitems(items):

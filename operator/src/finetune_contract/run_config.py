@@ -150,6 +150,10 @@ class DatasetConfig:
     seed: int = 42
 
 
+QUANTIZATIONS = ("nf4",)
+"""Number formats of a base model in fewer than 16 bits: nf4 has 4, with scales of a block that are quantized too."""
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
     """The training loop."""
@@ -176,6 +180,8 @@ class TrainingConfig:
     lora_alpha: int = 32
     lora_target_modules: tuple[str, ...] = ()
     """Empty: every linear layer of the blocks."""
+    lora_quantization: str = dataclasses.field(default="", metadata=SENT_IF_SET)
+    """One of QUANTIZATIONS: the base model is held in fewer bits while its adapter is trained; empty: as it is."""
     zero_stage: int = 3
     offload: str = "none"
     """none, optimizer or all."""
@@ -188,6 +194,7 @@ class TrainingConfig:
 IDENTITY_TRAINING = (
     *("recipe", "method", "epochs", "max_steps", "max_length", "learning_rate", "warmup_steps", "scheduler"),
     *("precision", "packing", "seed", "lora_rank", "lora_alpha", "lora_target_modules"),
+    "lora_quantization",
 )
 """Fields of TrainingConfig that decide what the model becomes: fixed for the life of a job, and part of what tells
 one run's checkpoints from another's."""

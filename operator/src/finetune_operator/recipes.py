@@ -68,6 +68,7 @@ def resolve_training(training: Training) -> TrainingConfig:
                 "lora_rank": lora.rank,
                 "lora_alpha": lora.alpha,
                 "lora_target_modules": tuple(lora.target_modules),
+                "lora_quantization": lora.quantization or "",
             }
     written |= {
         "seed": training.seed,

@@ -10,7 +10,7 @@ import math
 import re
 
 from finetune_contract.checkpoint_sizes import estimate_checkpoint_bytes, estimate_share_bytes, peak_bytes
-from finetune_contract.run_config import RunConfig
+from finetune_contract.run_config import RunConfig, TrainingConfig
 
 GIB = 1024**3
 _UNITS = {"m": 1e-3, "": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15, "E": 1e18}
@@ -19,6 +19,8 @@ _UNITS |= {f"{letter}i": 1024.0 ** (power + 1) for power, letter in enumerate("K
 LORA_SHARE_PER_RANK = 0.01 / 16
 """Adapters of rank 16 on every linear layer hold about one hundredth of the parameters."""
 BYTES_PER_PARAMETER_OUTPUT = 2
+BYTES_PER_PARAMETER_QUANTIZED = 0.65
+"""Of a base in nf4: 4.13 bits of each weight in a linear layer, and 16 of the others, which are taken to be a tenth."""
 BYTES_PER_PARAMETER_STATES = 16
 """Of an optimizer in host memory: fp32 weights, their gradients, and the two moments of Adam."""
 GPU_MEMORY_BYTES = 80_000_000_000
@@ -69,6 +71,11 @@ def count_trained(parameters: int, lora_rank: int) -> int:
     return math.ceil(parameters * min(1.0, LORA_SHARE_PER_RANK * lora_rank)) if lora_rank else parameters
 
 
+def find_lora_rank(training: TrainingConfig) -> int:
+    """Return the rank of the adapter that is trained; 0: all weights are."""
+    return training.lora_rank if training.method == "lora" else 0
+
+
 def checkpoint_bytes(contents: Contents) -> int:
     """Return the size of one checkpoint with gathered weights: what the stock Trainer writes, and a margin for ours."""
     trained = count_trained(contents.parameters, contents.lora_rank)
@@ -81,7 +88,7 @@ def training_memory_bytes(parameters: int, run: RunConfig) -> int:
     With less the trainer makes the buffers smaller, and training waits for a part of the writing.
     """
     training, nodes = run.training, run.topology.nodes
-    trained = count_trained(parameters, training.lora_rank if training.method == "lora" else 0)
+    trained = count_trained(parameters, find_lora_rank(training))
     buffers = estimate_share_bytes(trained, trained, training.zero_stage, nodes, is_first=True)
     is_on_host = run.topology.gpus_per_node == 0 or training.offload != "none"
     return buffers + (math.ceil(BYTES_PER_PARAMETER_STATES * trained / nodes) if is_on_host else 0)
@@ -102,11 +109,15 @@ def choose_size(contents: Contents) -> str:
     return to_gibibytes(needed_bytes(contents) * 1.2 + GIB / 2)
 
 
-def choose_zero_stage(parameters: int, processes: int, lora_rank: int) -> int:
-    """Return the lowest ZeRO stage of 2 and 3 whose share of the model fits into a GPU; 3 when nothing is known."""
-    if parameters <= 0:
-        return 3
-    stage_2 = 2 * parameters + 14 * count_trained(parameters, lora_rank) / processes
+def choose_zero_stage(training: TrainingConfig, parameters: int, processes: int) -> int:
+    """Return the ZeRO stage that is written, or the lowest of 2 and 3 whose share of the model fits into a GPU.
+
+    3 where the number of parameters is not known (0).
+    """
+    if training.zero_stage or parameters <= 0:
+        return training.zero_stage or 3
+    per_weight = BYTES_PER_PARAMETER_QUANTIZED if training.lora_quantization else 2
+    stage_2 = per_weight * parameters + 14 * count_trained(parameters, find_lora_rank(training)) / processes
     return 2 if stage_2 <= GPU_MEMORY_BYTES * USABLE_SHARE else 3
 
 

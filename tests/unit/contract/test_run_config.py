@@ -49,6 +49,9 @@ def test_a_field_that_older_images_do_not_know_is_sent_only_when_it_is_set():
     assert "rows" not in json.loads(usual.to_json())["dataset"]["judge"]
     every = dataclasses.replace(usual.dataset, judge=JudgeConfig("hf://a/judge", rows="all"))
     assert json.loads(make_run(dataset=every).to_json())["dataset"]["judge"]["rows"] == "all"
+    assert "lora_quantization" not in json.loads(usual.to_json())["training"]
+    quantized = make_run(training=TrainingConfig(method="lora", lora_quantization="nf4"))
+    assert json.loads(quantized.to_json())["training"]["lora_quantization"] == "nf4"
 
 
 @pytest.mark.parametrize(

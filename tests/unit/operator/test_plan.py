@@ -36,6 +36,7 @@ def test_the_recipe_of_origin_is_what_wizardlm_was_trained_with():
         "lora_rank": 16,
         "lora_alpha": 32,
         "lora_target_modules": (),
+        "lora_quantization": "",
         "zero_stage": 3,
         "offload": "none",
         "deepspeed_config": {},

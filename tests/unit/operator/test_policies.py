@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from finetune_contract.gates import GateConfig
 from finetune_contract.reports import Phase
 from finetune_operator.api.v1alpha1 import FailureRule
+from finetune_operator.manifests.run_config import build_run_config
 from finetune_operator.observed import Claim, PodCondition
 from finetune_operator.plan import FailurePlan
 from finetune_operator.policies.blockers import find_claim_blocker, find_job_blocker, find_pod_blocker
@@ -24,6 +25,7 @@ from tests.support.operator_parts import (
     NOW,
     make_exit,
     make_pod,
+    make_record,
     make_report,
     make_test_plan,
     make_training_job,
@@ -228,6 +230,21 @@ def test_lower_zero_stages_write_the_weights_twice():
 def test_adapters_need_a_fraction():
     plan = make_test_plan(training={"method": "lora"})
     assert needed_bytes(list_contents(plan, LLAMA_7B)) < 32e9
+
+
+@pytest.mark.parametrize(
+    ("billions", "lora", "stage"),
+    [(7, {}, 2), (70, {}, 3), (70, {"quantization": "nf4"}, 2), (120, {"quantization": "nf4"}, 3)],
+)
+def test_a_base_in_four_bits_stays_whole_on_each_gpu_up_to_three_times_the_size(billions, lora, stage):
+    plan = make_test_plan(training={"method": "lora", "lora": lora}, resources={"gpusPerNode": 8})
+    record = make_record(Phase.INSPECT).with_phase(Phase.INSPECT, {"model_parameters": billions * 10**9})
+    run = build_run_config(plan, record, 1)
+    assert (run.training.zero_stage, run.training.lora_quantization) == (stage, lora.get("quantization", ""))
+    # Checkpoints and the promoted model are those of an adapter on a base in 16 bits.
+    contents = list_contents(plan, record.details(Phase.INSPECT))
+    assert contents.lora_rank == 16
+    assert needed_bytes(contents) > 2 * billions * 10**9
 
 
 def test_a_size_that_is_too_small_is_refused_with_what_to_ask_for():

@@ -10,6 +10,7 @@ import pytest
 
 from finetune_contract.reports import ExitCode
 from finetune_contract.run_config import DatasetConfig, RunConfig, Source, Topology, TrainingConfig
+from finetune_trainer.checkpoints.identity import identify_run
 from finetune_trainer.commands import plain
 from finetune_trainer.errors import TrainerError
 from finetune_trainer.training.deepspeed_config import build_deepspeed_config
@@ -79,6 +80,39 @@ def test_fp16_without_gpus_is_refused_with_what_to_type():
     assert "spec.training.precision" in caught.value.message
     assert "bf16" in caught.value.hint
     check_settings(RunConfig(RUN.model, RUN.dataset, training=fp16.training, topology=Topology(gpus_per_node=1)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said", "hint"),
+    [
+        ({"lora_quantization": "int4"}, "int4 is not one of nf4", "quantization to nf4"),
+        ({"method": "full"}, "needs an adapter", "method to lora"),
+        ({"precision": "fp16"}, "not trained in fp16", "precision to bf16"),
+        ({"offload": "all"}, "not offloaded", "offload to optimizer"),
+    ],
+)
+def test_a_base_in_four_bits_is_refused_where_it_is_not_shown_to_work(changes, said, hint):
+    quantized = TrainingConfig(method="lora", lora_quantization="nf4")
+    gpus = dataclasses.replace(RUN, topology=Topology(gpus_per_node=1), training=quantized)
+    check_settings(gpus)
+    with pytest.raises(TrainerError) as caught:
+        check_settings(dataclasses.replace(gpus, training=dataclasses.replace(quantized, **changes)))
+    assert caught.value.exit_code == ExitCode.CONFIG
+    assert "spec.training.lora.quantization" in caught.value.message
+    assert said in caught.value.message
+    assert hint in caught.value.hint
+
+
+def test_quantization_tells_runs_apart_and_checkpoints_from_before_it_are_taken_up(tmp_path):
+    (tmp_path / "train.jsonl").write_text("{}\n")
+    (tmp_path / "config.json").write_text("{}")
+
+    def digest(training):
+        return identify_run(dataclasses.replace(RUN, training=training), tmp_path, tmp_path)["settings"]
+
+    # As it was before the setting came.
+    assert digest(TrainingConfig()) == "0c6e24918b7898ef3c8007dd51fbd487"
+    assert digest(TrainingConfig(lora_quantization="nf4")) != digest(TrainingConfig())
 
 
 def test_every_field_that_is_named_in_the_hint_can_be_set():

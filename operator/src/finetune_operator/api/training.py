@@ -22,6 +22,18 @@ class Lora(Model):
     """Scale of the update: alpha / rank."""
     target_modules: Annotated[list[Annotated[str, Field(min_length=1, max_length=128)]], Field(max_length=64)] = []
     """Names of the layers that get adapters; by default every linear layer of the blocks."""
+    quantization: Literal["nf4"] | None = None
+    """nf4 (QLoRA): hold the base model in 4 bits while its adapter is trained, in a third of the memory; the adapter is
+    merged into the base as it came. By default the base is held in 16 bits."""
+
+
+def _is_quantized(training: Training) -> bool:
+    return training.lora is not None and training.lora.quantization is not None
+
+
+def is_fp16(training: Training) -> bool:
+    """Is the model trained in fp16, written or by its recipe?"""
+    return (training.precision or ("fp16" if training.recipe == "wizardlm-freeform" else "bf16")) == "fp16"
 
 
 class Deepspeed(Model):
@@ -130,5 +142,18 @@ class Training(Model):
             "lora settings have no effect with method: full: set method: lora, or remove lora",
             lambda training: training.lora is None or training.method == "lora",
             field="lora",
+        ),
+        Rule(
+            "!has(self.lora) || !has(self.lora.quantization) || (has(self.precision) ? self.precision != 'fp16'"
+            " : self.recipe != 'wizardlm-freeform')",
+            "a base in 4 bits is not trained in fp16: set precision: bf16, or remove lora.quantization",
+            lambda training: not (_is_quantized(training) and is_fp16(training)),
+            field="precision",
+        ),
+        Rule(
+            "!has(self.lora) || !has(self.lora.quantization) || self.deepspeed.offload != 'all'",
+            "a base in 4 bits is not offloaded: set offload: optimizer, or remove lora.quantization",
+            lambda training: not (_is_quantized(training) and training.deepspeed.offload == "all"),
+            field="deepspeed.offload",
         ),
     )

@@ -51,7 +51,7 @@ from finetune_operator.api.status import (
     ServingStatus,
     State,
 )
-from finetune_operator.api.training import Deepspeed, Lora, Mlflow, Tracking, Training, Wandb
+from finetune_operator.api.training import Deepspeed, Lora, Mlflow, Tracking, Training, Wandb, is_fp16
 
 GROUP = "finetune.dev"
 VERSION = "v1alpha1"
@@ -77,8 +77,7 @@ def _fits_workspace(spec: FineTuneJobSpec) -> bool:
 
 
 def _has_gpus_for_fp16(spec: FineTuneJobSpec) -> bool:
-    precision = spec.training.precision or ("fp16" if spec.training.recipe == "wizardlm-freeform" else "bf16")
-    return spec.resources.gpus_per_node > 0 or precision != "fp16"
+    return spec.resources.gpus_per_node > 0 or not is_fp16(spec.training)
 
 
 def _keeps_workspace_for_endpoint(spec: FineTuneJobSpec) -> bool:

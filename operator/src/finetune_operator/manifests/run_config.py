@@ -52,8 +52,7 @@ def _pin(source: Source, revision: str) -> Source:
 def _resolve_batch(plan: Plan, record: Record) -> TrainingConfig:
     training = plan.run.training
     parameters = int(record.details(Phase.INSPECT).get("model_parameters") or 0)
-    lora_rank = training.lora_rank if training.method == "lora" else 0
-    stage = training.zero_stage or choose_zero_stage(parameters, plan.processes, lora_rank)
+    stage = choose_zero_stage(training, parameters, plan.processes)
     accumulation = training.gradient_accumulation_steps
     if record.global_batch:
         accumulation = _keep_global_batch(plan, record.global_batch)

@@ -11,7 +11,7 @@ from finetune_contract.reports import Phase
 from finetune_operator.placement import PRESETS
 from finetune_operator.plan import Plan
 from finetune_operator.record import Record
-from finetune_operator.sizing import Contents, checkpoint_bytes, choose_zero_stage
+from finetune_operator.sizing import Contents, checkpoint_bytes, choose_zero_stage, find_lora_rank
 
 SHORTEST_GRACE_SECONDS = 120
 LONGEST_GRACE_SECONDS = 3600
@@ -29,9 +29,8 @@ def expect_save_seconds(plan: Plan, record: Record) -> float:
         return record.save_seconds
     parameters = int(record.details(Phase.INSPECT).get("model_parameters") or 0)
     training = plan.run.training
-    lora_rank = training.lora_rank if training.method == "lora" else 0
-    stage = training.zero_stage or choose_zero_stage(parameters, plan.processes, lora_rank)
-    contents = Contents(0, 0, parameters, checkpoints_kept=1, zero_stage=stage, lora_rank=lora_rank)
+    stage = choose_zero_stage(training, parameters, plan.processes)
+    contents = Contents(0, 0, parameters, checkpoints_kept=1, zero_stage=stage, lora_rank=find_lora_rank(training))
     return checkpoint_bytes(contents) / SLOW_BYTES_PER_SECOND
 
 

@@ -8,21 +8,28 @@ from typing import Any
 from finetune_operator.conditions import Reason
 from finetune_operator.observed import Claim
 from finetune_operator.plan import Plan
-from finetune_operator.sizing import Contents, choose_size, choose_zero_stage, needed_bytes, to_number, to_words
+from finetune_operator.sizing import (
+    Contents,
+    choose_size,
+    choose_zero_stage,
+    find_lora_rank,
+    needed_bytes,
+    to_number,
+    to_words,
+)
 
 
 def list_contents(plan: Plan, inspected: Mapping[str, Any]) -> Contents:
     """Return what will lie on the workspace, from the plan and what `inspect` read."""
     parameters = int(inspected.get("model_parameters") or 0)
     training, checkpoint = plan.run.training, plan.run.checkpoint
-    lora_rank = training.lora_rank if training.method == "lora" else 0
     return Contents(
         model_bytes=int(inspected.get("model_bytes") or 0),
         dataset_bytes=int(inspected.get("dataset_bytes") or 0),
         parameters=parameters,
         checkpoints_kept=checkpoint.keep_latest + checkpoint.keep_best,
-        zero_stage=training.zero_stage or choose_zero_stage(parameters, plan.processes, lora_rank),
-        lora_rank=lora_rank,
+        zero_stage=choose_zero_stage(training, parameters, plan.processes),
+        lora_rank=find_lora_rank(training),
         has_weight_diff=plan.run.promotion.weight_diff,
         further_bytes=sum(int(inspected.get(name) or 0) for name in ("evaluated_bytes", "judge_bytes")),
     )

@@ -6,6 +6,7 @@ import hashlib
 import json
 import pathlib
 
+from finetune_contract.parsing import to_plain
 from finetune_contract.run_config import IDENTITY_TRAINING, RunConfig
 from finetune_contract.workspace import Workspace
 from finetune_trainer.storage.transfer import hash_file
@@ -16,7 +17,8 @@ RUN = "run"
 
 def identify_run(run: RunConfig, base_model: pathlib.Path, dataset: pathlib.Path) -> dict[str, str]:
     """Return digests of the rows, the base model and the settings, under `dataset`, `model` and `settings`."""
-    settings = {name: getattr(run.training, name) for name in IDENTITY_TRAINING}
+    # As it is sent: a setting that came later changes no digest while it has its default.
+    settings = {name: value for name, value in to_plain(run.training).items() if name in IDENTITY_TRAINING}
     settings["prompt_template"] = run.dataset.prompt_template
     return {
         "dataset": hash_file(dataset / "train.jsonl")[:32],

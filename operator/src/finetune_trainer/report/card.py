@@ -169,7 +169,10 @@ def _build_training(report: Mapping[str, Any]) -> str:
     training, work, summary = report["training"], report["work"], report["summary"]
     facts = []
     if training:
-        facts.append(f"recipe `{training['recipe']}`, method `{training['method']}`, precision {training['precision']}")
+        base = f" on a base in {quantized}" if (quantized := training.get("lora_quantization")) else ""
+        facts.append(
+            f"recipe `{training['recipe']}`, method `{training['method']}`{base}, precision {training['precision']}"
+        )
         facts.append(f"learning rate {training['learning_rate']:g}, {training['scheduler']}, seed {training['seed']}")
     if "step" in summary:
         facts.append(f"{summary['step']:,} optimizer steps")

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from finetune_contract.reports import ExitCode, Metric, Reason
-from finetune_contract.run_config import RunConfig
+from finetune_contract.run_config import QUANTIZATIONS, RunConfig, TrainingConfig
 from finetune_contract.workspace import Workspace
 from finetune_trainer.checkpoints.identity import identify_run
 from finetune_trainer.errors import TrainerError
@@ -77,6 +77,27 @@ def check_settings(run: RunConfig) -> None:
             "spec.training.precision: fp16 needs GPUs, and spec.resources.gpusPerNode is 0",
             "Set spec.training.precision to bf16 or fp32.",
         )
+    if (problem := _find_quantization_problem(run.training)) is not None:
+        raise TrainerError(Reason.INVALID_CONFIG, ExitCode.CONFIG, *problem)
+
+
+def _find_quantization_problem(training: TrainingConfig) -> tuple[str, str] | None:
+    """Return what keeps the base from being quantized, and what to do about it."""
+    chosen, field = training.lora_quantization, "spec.training.lora.quantization"
+    if not chosen:
+        return None
+    if chosen not in QUANTIZATIONS:
+        return f"{field}: {chosen} is not one of {', '.join(QUANTIZATIONS)}", f"Set {field} to nf4, or remove it."
+    if training.method != "lora":
+        return (
+            f"{field} needs an adapter to train, and spec.training.method is full",
+            "Set spec.training.method to lora.",
+        )
+    if training.precision == "fp16":
+        return f"{field}: a base in 4 bits is not trained in fp16", "Set spec.training.precision to bf16."
+    if training.offload == "all":
+        return f"{field}: a base in 4 bits is not offloaded", "Set spec.training.deepspeed.offload to optimizer."
+    return None
 
 
 def read_inputs(run: RunConfig) -> Inputs:

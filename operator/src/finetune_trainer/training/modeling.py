@@ -69,12 +69,14 @@ def load_model(
     *,
     is_partitioned: bool = False,
     attention: str = "",
+    quantization: Any = None,
 ) -> Any:
     """Load a causal language model whose folder holds every tensor of the architecture.
 
     `dtype` is a torch name, or auto for that of the weights. A library's default is to fill a missing tensor with
     random numbers and to say so in a log line; here it is an error. `is_partitioned`: under ZeRO-3, where a rank sees
-    parts of the tensors only. `attention`: the code for packed rows; empty: `choose_attention`.
+    parts of the tensors only. `attention`: the code for packed rows; empty: `choose_attention`. `quantization`: as
+    Transformers takes it, for a model in fewer bits.
     """
     from transformers import AutoModelForCausalLM
 
@@ -90,15 +92,26 @@ def load_model(
             attn_implementation=attention or choose_attention(read_config(folder, trust_remote_code)),
             ignore_mismatched_sizes=not is_partitioned,
             output_loading_info=True,
+            quantization_config=quantization,
         )
         if found["mismatched_keys"]:
             name, saved, wanted = min(found["mismatched_keys"])
             raise ValueError(f"tensor {name} has shape {tuple(saved)}, the configuration says {tuple(wanted)}")
+        _check_quantized_shapes(model)
         if found["missing_keys"]:
             raise ValueError(
                 f"{len(found['missing_keys'])} tensors are missing, the first is {min(found['missing_keys'])}"
             )
     return model
+
+
+def _check_quantized_shapes(model: Any) -> None:
+    """Raise ValueError for a quantized tensor of another shape: the library compares none that it packs into bits."""
+    for name, module in model.named_modules():
+        packed = getattr(getattr(module, "weight", None), "quant_state", None)
+        wanted = (module.out_features, module.in_features) if packed is not None else ()
+        if packed is not None and tuple(packed.shape) != wanted:
+            raise ValueError(f"tensor {name}.weight has shape {tuple(packed.shape)}, the configuration says {wanted}")
 
 
 def load_served_model(folder: pathlib.Path, trust_remote_code: bool = False) -> Any:

@@ -104,7 +104,7 @@ def _build_trainer(inputs: Inputs, arguments: Any, keeper: Any) -> Any:
     from transformers import set_seed
     from transformers.trainer_callback import PrinterCallback
 
-    from finetune_trainer.training import modeling
+    from finetune_trainer.training import modeling, quantization
     from finetune_trainer.training.arguments import build_lora, torch_dtype
     from finetune_trainer.training.callbacks import FiniteLossCallback
     from finetune_trainer.training.collate import Collator
@@ -112,13 +112,18 @@ def _build_trainer(inputs: Inputs, arguments: Any, keeper: Any) -> Any:
 
     run = inputs.run
     set_seed(run.training.seed)
+    quantized = quantization.build_quantization(run.training)
     model = modeling.load_model(
         inputs.base_model,
         torch_dtype(run.training.precision),
         run.trust_remote_code,
-        is_partitioned=run.training.zero_stage == 3,
+        # One in fewer bits is partitioned once it is whole.
+        is_partitioned=run.training.zero_stage == 3 and quantized is None,
         attention=inputs.packed_attention,
+        quantization=quantized,
     )
+    if quantized is not None:
+        quantization.prepare_quantized(model, run.training.lora_quantization)
     trainer = ContractTrainer(
         model=model,
         args=arguments,

@@ -15,8 +15,12 @@ from collections.abc import Iterator, Sequence
 
 from finetune_trainer.reporting import emit
 
-UNUSED = ("mlflow", "wandb", "boto3", "scipy", "sklearn", "av", "librosa", "torchvision", "torchaudio", "soundfile")
-"""Optional packages that cost import time and that training needs only as trackers, if at all."""
+UNUSED = (
+    *("mlflow", "wandb", "boto3", "scipy", "sklearn", "av", "librosa", "torchvision", "torchaudio", "soundfile"),
+    "bitsandbytes",
+)
+"""Optional packages that cost import time and that training needs only as trackers, if at all; and one that initialises
+CUDA when it is imported, so that ranks import it themselves (`quantization.py`)."""
 
 
 def import_stack(tracking: Sequence[str] = (), uses_gpus: bool = False) -> None:

@@ -11,7 +11,7 @@ from trl import SFTTrainer
 from finetune_contract.reports import ExitCode, Reason
 from finetune_trainer.checkpoints.manifest import Weight
 from finetune_trainer.errors import TrainerError
-from finetune_trainer.training import weights
+from finetune_trainer.training import quantization, weights
 from finetune_trainer.training.capture import Capture, capturing
 from finetune_trainer.training.keeper import CheckpointKeeper
 from finetune_trainer.training.sampler import ReadPlan, RowLoader
@@ -51,6 +51,7 @@ class ContractTrainer(SFTTrainer):  # type: ignore[misc]
         self.keeper.before_save()
         with capturing(self.model_wrapped, step) as self._capture:
             super()._save_checkpoint(model, trial)
+            quantization.drop_quantized(self._capture.states.values(), self.model_wrapped.module)
             described = self._require_whole(self._capture)
             images = self._capture.draw_images()
         self._capture = None
