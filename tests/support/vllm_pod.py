@@ -16,14 +16,35 @@ import urllib.request
 from typing import Any
 
 from finetune_contract import smoke_prompt
-from finetune_contract.reports import ExitReport
+from finetune_contract.reports import ExitReport, Phase
 from finetune_operator.manifests.common import CONFIG_MOUNT
-from finetune_operator.manifests.inference import PORT
+from finetune_operator.manifests.inference import PORT, Served, build_served
+from finetune_operator.plan import Plan
+from finetune_operator.versions import make_request
+from tests.support.operator_parts import make_record, make_test_plan
+from tests.support.training_runs import Run
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 VLLM = REPOSITORY / ".venv-vllm" / "bin"
 KEY = "secret"
 """What requests must carry, where the container asks for a key."""
+STARTING_SECONDS = 300
+SERVED = {
+    "runtime": "vllm",
+    "apiKeySecretRef": {"name": "keys"},
+    "autoscaling": {"minReplicas": 1, "maxReplicas": 2},
+}
+EVALUATED = (Phase.INSPECT, Phase.PREPARE, Phase.TRAIN, Phase.PROMOTE, Phase.EVALUATE)
+
+
+def build_objects(run: Run, composed: dict[str, Any] | None = None) -> tuple[Plan, Served]:
+    """Return plan and objects of the version that serves the promoted model, or the composition on it."""
+    adapters = {"adapters": [{"name": "polite", "source": "pvc:///workspace/polite"}]} if composed else {}
+    plan = make_test_plan(inference={**SERVED, **adapters})
+    record = make_record(*EVALUATED, claim_uid="claim").with_phase(Phase.PROMOTE, run.report("promote")["details"])
+    if composed:
+        record = record.with_composition(make_request(plan, record), composed)
+    return plan, build_served(plan, record)
 
 
 class VllmPod:

@@ -9,6 +9,7 @@ from finetune_trainer.__main__ import main
 from finetune_trainer.data.prompts import encode_prompt
 from finetune_trainer.serving import batch
 from finetune_trainer.serving.generate import Generator, Sampling
+from tests.support.web_server import QuietHandler, running
 
 NAMES = ("joins", "opens", "splits", "strips", "reads", "closes", "finds", "counts", "sorts", "pads", "cuts")
 WORDS = ("--prompt-template", "wizardlm", "--batch-size", "1", "--max-new-tokens", "12")
@@ -98,3 +99,73 @@ def test_a_row_that_is_no_prompt_is_named_before_anything_is_answered(tmp_path, 
     path.write_text('{"idx": 0, "Instruction": "Hello"}\n' + line + "\n")
     with pytest.raises(Exception, match=why):
         batch.read_prompts(path)
+
+
+LISTED = (200, {"data": [{"id": "tiny", "max_model_len": 128}, {"id": "tiny-base", "max_model_len": 128}]})
+
+
+def make_server(models, completions):
+    """Return a handler that answers so: (status, JSON) for the list of models, and for every completion."""
+
+    class Server(QuietHandler):
+        def do_GET(self):  # noqa: N802 - the name that http.server calls
+            self.reply(*models)
+
+        def do_POST(self):  # noqa: N802 - the same
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.reply(*completions)
+
+        def reply(self, status, content):
+            self.answer(status, json.dumps(content).encode(), {"Content-Type": "application/json"})
+
+    return Server
+
+
+@pytest.fixture
+def ask_server(model, prompts, capsys):
+    """Return a function that asks a server which answers so, and cannot be used: its URL, and what the user reads."""
+
+    def ask(name, *answers):
+        with running(make_server(*answers)) as url:
+            words = ("--input", str(prompts), "--output", f"{prompts}.answers", *WORDS, "--server", url, "--name", name)
+            assert main(["generate", "--model", str(model), *words]) == ExitCode.CONFIG
+        return url, capsys.readouterr().err
+
+    return ask
+
+
+@pytest.mark.parametrize(
+    ("name", "answers", "said"),
+    [
+        ("", (LISTED, None), "has 2 models | Say --name with one of tiny, tiny-base"),
+        ("huge", (LISTED, None), "has no model huge | Say --name with one of tiny, tiny-base"),
+        ("", ((401, {"error": "Unauthorized"}), None), "Unauthorized"),
+        ("", ((401, {"error": "Unauthorized"}), None), "Set INFERENCE_API_KEY to its key."),
+        ("tiny", (LISTED, (500, {"error": "EngineDeadError"})), "HTTP 500"),
+        ("tiny", (LISTED, (200, {"choices": [{"index": 0, "text": "It joins."}]})), "Name an endpoint whose runtime"),
+    ],
+)
+def test_a_server_that_cannot_be_used_is_named(ask_server, name, answers, said):
+    url, told = ask_server(name, *answers)
+    assert said in told
+    assert url in told
+
+
+def test_a_server_that_is_away_can_be_asked_again(model, prompts, tmp_path, capsys):
+    words = ("--input", str(prompts), "--output", str(tmp_path / "Output.jsonl"), *WORDS)
+    assert main(["generate", "--model", str(model), *words, "--server", "http://127.0.0.1:9"]) == ExitCode.UNAVAILABLE
+    assert "goes on behind the last answers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--input", "x", "--output", "y", "--name", "tiny"), "--name without --server"),
+        (("--input", "x", "--output", "y", "--server", "tiny:8000"), "Write it as http://HOST:PORT"),
+        (("--prompt", "Hello", "--server", "http://tiny"), "--server without --input"),
+        (("--input", "x", "--output", "y", "--server", "http://tiny", "--adapter", "."), "--adapter beside --server"),
+    ],
+)
+def test_what_a_server_cannot_be_asked_for_is_refused(model, capsys, words, said):
+    assert main(["generate", "--model", str(model), *words]) == ExitCode.USAGE
+    assert said in capsys.readouterr().err

@@ -3,93 +3,23 @@
 from __future__ import annotations
 
 import json
-import pathlib
 import re
 import urllib.error
 import urllib.request
 
 import pytest
 
-from finetune_contract.reports import Phase
-from finetune_operator.manifests.inference import build_served, build_smoke_job
+from finetune_operator.manifests.inference import build_smoke_job
 from finetune_operator.policies.serving import explain_crash
-from finetune_operator.versions import make_request
 from finetune_trainer.adapters.compose import SERVED_RANKS
 from finetune_trainer.data.prompts import encode_prompt
 from finetune_trainer.serving.generate import Generator
-from tests.support.operator_parts import make_exit, make_pod, make_record, make_test_plan
-from tests.support.training_runs import SMALL, Run, build_llama, import_stack, write_data
-from tests.support.vllm_pod import VLLM, VllmPod
+from tests.support.operator_parts import make_exit, make_pod
+from tests.support.vllm_pod import STARTING_SECONDS, VLLM, VllmPod, build_objects
 from tests.support.waiting import eventually
-from tests.trainer.test_adapters_job import name_adapters, write_adapter
 from tests.unit.operator.test_deployment import make_smoke_job
-from tests.unit.operator.test_lifecycle import EVALUATED
 
-STARTING_SECONDS = 300
 QUESTION = {"role": "user", "content": "What does path.joins do?"}
-SERVED = {
-    "runtime": "vllm",
-    "apiKeySecretRef": {"name": "keys"},
-    "autoscaling": {"minReplicas": 1, "maxReplicas": 2},
-}
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A workspace with a promoted model that has learned something."""
-    import_stack()
-    root = tmp_path_factory.mktemp("run")
-    settings = (*SMALL, "training.learning_rate=0.01", "checkpoint.every_steps=0")
-    run = Run(root / "workspace", build_llama(root / "model"), write_data(root / "data"), settings)
-    run.train("training.max_steps=60")
-    assert run.call("promote") == 0
-    return run
-
-
-@pytest.fixture(scope="module")
-def promoted(run):
-    return pathlib.Path(run.report("promote")["details"]["path"])
-
-
-@pytest.fixture(scope="module")
-def composed(run, promoted, tmp_path_factory):
-    """What `compose` reports of an adapter on the promoted model."""
-    polite = write_adapter(promoted, tmp_path_factory.mktemp("adapters") / "polite", std=0.4)
-    assert run.call("compose", name_adapters((polite, {"name": "polite"}))) == 0, run.report("compose")
-    return run.report("compose")["details"]
-
-
-def build_objects(run, composed=None):
-    """Return plan and objects of the version that serves the promoted model, or the composition on it."""
-    adapters = {"adapters": [{"name": "polite", "source": "pvc:///workspace/polite"}]} if composed else {}
-    plan = make_test_plan(inference={**SERVED, **adapters})
-    record = make_record(*EVALUATED, claim_uid="claim").with_phase(Phase.PROMOTE, run.report("promote")["details"])
-    if composed:
-        record = record.with_composition(make_request(plan, record), composed)
-    return plan, build_served(plan, record)
-
-
-@pytest.fixture(scope="module")
-def pods(run, composed, tmp_path_factory):
-    """Two pods, which start at the same time: the promoted model's, and that of the composition on it."""
-    started = [
-        VllmPod(build_objects(run, adapters)[1].objects, run.root, tmp_path_factory.mktemp("pod") / "container")
-        for adapters in (None, composed)
-    ]
-    try:
-        assert not started[0].is_started(), "nothing answers yet"
-        for pod in started:
-            eventually(pod.is_started, within=STARTING_SECONDS, otherwise=lambda pod=pod: pod.log[-3000:])
-        yield started
-    finally:
-        for pod in started:
-            pod.end()
-
-
-@pytest.fixture
-def plain(pods):
-    """The pod of the promoted model, under the endpoint's name, support-7b."""
-    return pods[0]
 
 
 def chat(pod, messages, model="support-7b", **settings):

@@ -17,12 +17,17 @@ from finetune_trainer.reporting import ProgressBar, emit
 
 if TYPE_CHECKING:
     from finetune_trainer.serving.generate import Generator, Sampling
+    from finetune_trainer.serving.remote import ServerModel
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the model, the prompt or the files, and how tokens are chosen."""
     parser.add_argument("--model", metavar="DIR", required=True, help="promoted model, or any with a chat template")
     parser.add_argument("--adapter", metavar="DIR", type=pathlib.Path, help="LoRA adapter to put on the model")
+    parser.add_argument(
+        "--server", metavar="URL", default="", help="endpoint on vLLM that answers --input with this very model"
+    )
+    parser.add_argument("--name", default="", help="the model's name there (default: the only one it has)")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", metavar="TEXT", help="what to answer, as a user would write it")
     source.add_argument(
@@ -84,17 +89,34 @@ def _check(args: argparse.Namespace) -> None:
     for is_wrong, message, hint in wrong:
         if is_wrong:
             raise TrainerError(Reason.INVALID_CONFIG, ExitCode.USAGE, message, hint)
+    if args.server or args.name:
+        _check_server(args)
     if args.adapter is not None:
         require_base(args.adapter, pathlib.Path(args.model), f"--adapter {args.adapter}")
+
+
+def _check_server(args: argparse.Namespace) -> None:
+    """Refuse what a server cannot be asked for."""
+    wrong = [
+        (not args.server, "--name without --server", "Add --server URL."),
+        (not args.server.startswith(("http://", "https://")), "--server: no URL", "Write it as http://HOST:PORT."),
+        (args.input is None, "--server without --input", "Add --input FILE and --output FILE."),
+        (args.adapter is not None, "--adapter beside --server", "Name what the server calls it by --name instead."),
+    ]
+    for is_wrong, message, hint in wrong:
+        if is_wrong:
+            raise TrainerError(Reason.INVALID_CONFIG, ExitCode.USAGE, message, hint)
 
 
 def _answer_file(args: argparse.Namespace, sampling: Sampling) -> int:
     from finetune_trainer.serving import batch
     from finetune_trainer.serving.generate import Generator
+    from finetune_trainer.serving.remote import ServerModel
 
     rows = batch.read_prompts(args.input)
     request = batch.Request(sampling, args.max_new_tokens, args.batch_size)
-    generator = Generator(pathlib.Path(args.model), args.adapter)
+    folder = pathlib.Path(args.model)
+    generator = ServerModel(folder, args.server, args.name) if args.server else Generator(folder, args.adapter)
     _choose_template(generator, args)
     output = batch.Output(args.output, request, _describe(args, generator))
     with ProgressBar("answering", len(rows)) as bar:
@@ -105,8 +127,9 @@ def _answer_file(args: argparse.Namespace, sampling: Sampling) -> int:
     return ExitCode.OK
 
 
-def _describe(args: argparse.Namespace, generator: Generator) -> dict[str, Any]:
+def _describe(args: argparse.Namespace, generator: Generator | ServerModel) -> dict[str, Any]:
     """Return what decides the answers besides the request: the models and the prompts by content."""
+    from finetune_trainer.serving.remote import ServerModel
     from finetune_trainer.storage.transfer import hash_file
 
     weights = [
@@ -119,10 +142,12 @@ def _describe(args: argparse.Namespace, generator: Generator) -> dict[str, Any]:
         "input": hash_file(args.input),
         "weights": {path.name: hash_file(path) for path in weights},
         "template": str(generator.tokenizer.chat_template),
+        # Over the same model a server may have adapters, each under a name.
+        **({"served": generator.name} if isinstance(generator, ServerModel) else {}),
     }
 
 
-def _choose_template(generator: Generator, args: argparse.Namespace) -> None:
+def _choose_template(generator: Generator | ServerModel, args: argparse.Namespace) -> None:
     if args.prompt_template:
         adds_bos = bool(prompts.begin_ids(generator.tokenizer))
         generator.tokenizer.chat_template = prompts.build_chat_template(args.prompt_template, adds_bos=adds_bos)

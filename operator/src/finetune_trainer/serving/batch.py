@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from finetune_trainer.data.prompts import Message
     from finetune_trainer.serving.generate import Generator, Sampling
+    from finetune_trainer.serving.remote import ServerModel
 
 BATCHES_PER_WINDOW = 8
 """Rows of so many batches are sorted by length together: less padding, and no more than that is lost when stopped."""
@@ -144,7 +145,7 @@ class Output:
 
 
 def answer_file(
-    generator: Generator,
+    generator: Generator | ServerModel,
     prompts: Sequence[Prompt],
     request: Request,
     output: Output,
@@ -164,7 +165,7 @@ def answer_file(
 
 
 def _answer_window(
-    generator: Generator, prompts: Sequence[Prompt], request: Request, first: int
+    generator: Generator | ServerModel, prompts: Sequence[Prompt], request: Request, first: int
 ) -> list[dict[str, Any]]:
     encoded = [generator.encode(prompt.messages) for prompt in prompts]
     rows: list[dict[str, Any]] = [

@@ -45,12 +45,26 @@ class Answer:
     """Whether the model ended the answer itself."""
 
 
-class Answerer:
+class Encoder:
+    """Encodes conversations as a server does, through the chat template that a promoted tokenizer carries."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def encode(self, messages: Sequence[Message]) -> list[int]:
+        """Return the prompt's tokens."""
+        encoded = self.tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=True, tokenize=True, return_dict=True
+        )
+        return list(encoded["input_ids"])
+
+
+class Answerer(Encoder):
     """A loaded model that answers prompts of tokens."""
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
+        super().__init__(tokenizer)
         self.model = model
-        self.tokenizer = tokenizer
         self.limit = modeling.limit_length(model.config)
         """Most tokens of prompt and answer together."""
 
@@ -121,13 +135,6 @@ class Generator(Answerer):
         model = copy.deepcopy(self.model, {id(weight): weight for weight in weights})
         other.model = _add_adapter(model, adapter).get_base_model().eval()
         return other
-
-    def encode(self, messages: Sequence[Message]) -> list[int]:
-        """Return the prompt's tokens, through the chat template that the promoted tokenizer carries."""
-        encoded = self.tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, tokenize=True, return_dict=True
-        )
-        return list(encoded["input_ids"])
 
     def answer(self, messages: Sequence[Message], max_new_tokens: int, sampling: Sampling = Sampling()) -> Answer:
         """Answer one conversation."""
