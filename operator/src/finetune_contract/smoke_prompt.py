@@ -26,6 +26,8 @@ ASK_SECONDS = 60.0
 """How long one answer may take."""
 TRIES = 3
 """Wrong answers, half a second apart, before the version is refused; a server that is not there yet is no answer."""
+LOOK_SECONDS = 5.0
+"""How long one look at the metrics may take."""
 NOT_YET = (502, 503, 504)
 EXIT_REFUSED, EXIT_NO_ANSWER = 65, 69
 MAX_MESSAGE = 600
@@ -161,18 +163,33 @@ def check(url: str, model: str) -> int:
 
 
 def drain(url: str, within_seconds: float) -> int:
-    """Wait until no request is under way, as vLLM's metrics tell, for at most that long."""
+    """Wait until two looks at vLLM's metrics in a row tell of no request under way, for at most that long.
+
+    Only a server that takes no connections is gone. One that does not answer has its hands full.
+    """
     deadline = time.monotonic() + within_seconds
+    idle_looks = 0
     while time.monotonic() < deadline:
         try:
-            with _open(f"{url}/metrics", None, 5.0) as response:
-                lines = response.read().decode().splitlines()
+            idle_looks = 0 if _has_requests(url) else idle_looks + 1
+        except ConnectionRefusedError:
+            return 0
         except (OSError, http.client.HTTPException):
+            idle_looks = 0
+        # vLLM counts a request some time after it took it.
+        if idle_looks == 2:
             return 0
-        if not any(float(line.rpartition(" ")[2]) for line in lines if line.startswith(RUNNING_METRICS)):
-            return 0
-        time.sleep(0.5)
+        time.sleep(LOOK_SECONDS / 10)
     return 0
+
+
+def _has_requests(url: str) -> bool:
+    try:
+        with _open(f"{url}/metrics", None, LOOK_SECONDS) as response:
+            lines = response.read().decode().splitlines()
+    except urllib.error.URLError as error:
+        raise (error.reason if isinstance(error.reason, OSError) else error) from None
+    return any(float(line.rpartition(" ")[2]) for line in lines if line.startswith(RUNNING_METRICS))
 
 
 def main() -> int:

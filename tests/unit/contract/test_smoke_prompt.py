@@ -20,9 +20,9 @@ STREAM = "".join(
 END = 'data: {"choices": [{"delta": {}, "finish_reason": "stop"}]}\n\n'
 
 
-def make_server(*answers, key="", running_requests=()):
+def make_server(*answers, key=""):
     """Return a handler that gives these answers (status, text) in turn, the last for ever, and what it was asked."""
-    asked, left = [], list(running_requests)
+    asked = []
 
     class Server(http.server.BaseHTTPRequestHandler):
         def log_message(self, *_):
@@ -36,16 +36,39 @@ def make_server(*answers, key="", running_requests=()):
                 status, text = 401, "send the API key"
             self._send(status, text)
 
-        def do_GET(self):
-            number = left.pop(0) if left else 0.0
-            self._send(200, f'# HELP\nvllm:num_requests_running{{engine="0"}} {number}\n')
-
         def _send(self, status, text):
             self.send_response(status)
             self.end_headers()
             self.wfile.write(text.encode())
 
     return Server, asked
+
+
+def make_metrics(looks):
+    """Return a handler that tells these numbers of requests under way, then none, and what is left to tell.
+
+    A look that is "drop" ends without an answer, "hang" gets one when who looked has long given up.
+    """
+    left = list(looks)
+
+    class Metrics(http.server.BaseHTTPRequestHandler):
+        def log_message(self, *_):
+            return
+
+        def do_GET(self):
+            number = left.pop(0) if left else 0
+            if number == "drop":
+                return
+            if number == "hang":
+                self.connection.settimeout(30)
+                # The other side's end, or its time out.
+                self.rfile.read(1)
+                return
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(f'# HELP\nvllm:num_requests_running{{engine="0"}} {number}.0\n'.encode())
+
+    return Metrics, left
 
 
 @pytest.fixture
@@ -121,8 +144,25 @@ def test_the_key_goes_with_every_request(run):
         assert run("check", "--url", url)[0].returncode == 1
 
 
-def test_draining_ends_when_no_request_is_under_way(run):
-    server, _ = make_server((200, ""), running_requests=[2.0, 1.0])
+@pytest.mark.parametrize(
+    "looks",
+    [(2, 1), (0, 3, 0, 1), ("drop", 1, "drop", 2), ("hang", 1)],
+    ids=["under way", "between two answers", "connections lost", "too busy to tell"],
+)
+def test_draining_ends_when_no_request_is_under_way(monkeypatch, looks):
+    monkeypatch.setattr(smoke_prompt, "LOOK_SECONDS", 0.5)
+    server, left = make_metrics(looks)
     with running(server) as url:
-        finished, _ = run("drain", "--url", url, "--within", "30")
-    assert finished.returncode == 0
+        assert smoke_prompt.drain(url, 30) == 0
+    assert not left
+
+
+def test_draining_a_server_that_is_gone_ends_at_once(run):
+    assert run("drain", "--url", "http://127.0.0.1:9", "--within", "3600")[0].returncode == 0
+
+
+def test_draining_ends_after_its_time_whatever_is_under_way(run):
+    server, left = make_metrics([1] * 10_000)
+    with running(server) as url:
+        assert run("drain", "--url", url, "--within", "1.2")[0].returncode == 0
+    assert left
