@@ -69,7 +69,8 @@ def _make_story_job(destination):
         resources={"processesPerNode": 2},
         evaluation={"gates": [{"task": "holdout", "metric": "loss", "min": UNREACHABLE}]},
         promotion={"destinations": [{"destination": destination, "secretRef": {"name": "s3"}}]},
-        inference={"enabled": True, "runtime": "transformers"},
+        # From the copy in S3: what serves from the workspace is shown by the roll-out.
+        inference={"enabled": True, "runtime": "transformers", "loadFrom": "S3"},
     )
 
 
@@ -223,6 +224,8 @@ def test_after_its_time_to_live_the_pods_go_and_the_model_is_still_served(seen, 
     selector = "finetune.dev/endpoint=story"
     (version,) = world.cluster.read("deployments", "-n", job.namespace, "-l", selector)["items"]
     assert version["status"]["readyReplicas"] == 1
+    volumes = version["spec"]["template"]["spec"]["volumes"]
+    assert not [each for each in volumes if "persistentVolumeClaim" in each], "it serves the copy in S3"
     assert job.status()["state"] == "Succeeded"
 
 

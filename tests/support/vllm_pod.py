@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import urllib.request
+from collections.abc import Mapping
 from typing import Any
 
 from finetune_contract import smoke_prompt
@@ -37,10 +38,17 @@ SERVED = {
 EVALUATED = (Phase.INSPECT, Phase.PREPARE, Phase.TRAIN, Phase.PROMOTE, Phase.EVALUATE)
 
 
-def build_objects(run: Run, composed: dict[str, Any] | None = None) -> tuple[Plan, Served]:
-    """Return plan and objects of the version that serves the promoted model, or the composition on it."""
-    adapters = {"adapters": [{"name": "polite", "source": "pvc:///workspace/polite"}]} if composed else {}
-    plan = make_test_plan(inference={**SERVED, **adapters})
+def build_objects(run: Run, composed: dict[str, Any] | None = None, bucket: str = "") -> tuple[Plan, Served]:
+    """Return plan and objects of the version that serves the promoted model: its copy in an S3 bucket where one is
+    named, or the composition on it.
+    """
+    inference, promotion = dict(SERVED), {}
+    if composed:
+        inference["adapters"] = [{"name": "polite", "source": "pvc:///workspace/polite"}]
+    if bucket:
+        inference["loadFrom"] = "S3"
+        promotion["destinations"] = [{"destination": bucket, "secretRef": {"name": "bucket"}}]
+    plan = make_test_plan(inference=inference, promotion=promotion)
     record = make_record(*EVALUATED, claim_uid="claim").with_phase(Phase.PROMOTE, run.report("promote")["details"])
     if composed:
         record = record.with_composition(make_request(plan, record), composed)
@@ -50,7 +58,14 @@ def build_objects(run: Run, composed: dict[str, Any] | None = None) -> tuple[Pla
 class VllmPod:
     """One container of a Deployment: paths and the port are this machine's, all else is as the operator wrote it."""
 
-    def __init__(self, objects: tuple[dict[str, Any], ...], workspace: pathlib.Path, folder: pathlib.Path) -> None:
+    def __init__(
+        self,
+        objects: tuple[dict[str, Any], ...],
+        workspace: pathlib.Path,
+        folder: pathlib.Path,
+        secret: Mapping[str, str] | None = None,
+    ) -> None:
+        """Start it. `secret` is what every Secret holds that it takes variables from."""
         config_map, deployment = objects[:2]
         (self.container,) = deployment["spec"]["template"]["spec"]["containers"]
         self._places = {"/workspace": str(workspace), CONFIG_MOUNT: str(folder / "etc"), str(PORT): str(_find_port())}
@@ -59,6 +74,8 @@ class VllmPod:
             (folder / "etc" / name).write_text(text)
         self._termination_log, self._log = folder / "termination-log", folder / "log"
         keys = {each["name"]: KEY for each in self.container["env"] if "valueFrom" in each}
+        for source in self.container["envFrom"]:
+            keys |= {source["prefix"] + name: value for name, value in (secret or {}).items()}
         self._environment = {
             "PATH": f"{VLLM}:{os.environ['PATH']}",
             "HOME": str(folder),

@@ -343,6 +343,12 @@ class ServingConfig:
     model_name: str = ""
     """Name under which /v1/models lists the model."""
     port: int = 8000
+    source: str = dataclasses.field(default="", metadata=SENT_IF_SET)
+    """URL below which the promoted model's copy lies under its digest; empty: it is read from the workspace."""
+    source_field: str = dataclasses.field(default="", metadata=SENT_IF_SET)
+    """Path of the field that holds that URL, up to its last word, as in `spec.promotion.destinations[0]`."""
+    secret_prefix: str = dataclasses.field(default="", metadata=SENT_IF_SET)
+    """Prefix of the credential variables for the copy; empty: unprefixed variables."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,16 +3,19 @@
 vLLM's own last words are the traceback of its front end ("Engine core initialization failed. See root cause above."),
 which fills what Kubernetes keeps of a log; the cause was told before, by another of its processes. This program stays
 beside it, passes its output and the signals on, and leaves the first error of the end as the container's termination
-message. A promoted folder that is not whole is refused before vLLM is started.
+message. A promoted model that is not whole is refused before vLLM is started: its folder, or its copy in S3, from which
+vLLM then streams the weights.
 
-A program of the standard library alone, like `smoke_prompt`: the operator mounts this file into pods whose image holds
-none of our packages. Arguments: [--promoted FOLDER] -- COMMAND...
+A program of the standard library alone, like `smoke_prompt`, and for S3 of boto3, which the image has: the operator
+mounts this file into pods whose image holds none of our packages. Arguments:
+[--promoted FOLDER | --promoted s3://BUCKET/PREFIX --field FIELD [--secret-prefix PREFIX]] -- COMMAND...
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import hashlib
 import json
 import os
 import pathlib
@@ -20,14 +23,27 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, BinaryIO
 
 MANIFEST = "finetune-model.json"
 """Of a promoted model: its digest, and each file with its size."""
-EXIT_NO_INPUT = 66
+COMPLETE = "COMPLETE"
+"""Written last where a model is copied to."""
+EXIT_NO_INPUT, EXIT_UNAVAILABLE, EXIT_NO_PERMISSION = 66, 69, 77
+S3 = "s3://"
+S3_VARIABLES = (
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_REGION",
+    "AWS_CA_BUNDLE",
+)
+"""What a Secret may hold for a bucket, each under the destination's prefix."""
 KEPT_LINES = 5000
 FAILING_SECONDS = 60.0
 """Before the end: errors that were told earlier are others'."""
@@ -55,6 +71,84 @@ def find_damage(promoted: pathlib.Path) -> str:
         if not path.is_file() or path.stat().st_size != size:
             return f"{promoted} is no whole promoted model: {name} is missing or has another size"
     return ""
+
+
+class CopyError(Exception):
+    """A copy in S3 that cannot be served: the report's reason, what is wrong, the exit code, and what to do."""
+
+    def __init__(self, reason: str, message: str, code: int, hint: str) -> None:
+        super().__init__(message)
+        self.details = (reason, message, code, hint)
+
+
+def check_copy(url: str, field: str, client: Any) -> None:
+    """Compare a promoted model's copy in S3 with the digest that its URL ends with. Raises CopyError.
+
+    The manifest must give that digest; each file must be there with the size of the manifest, and its SHA-256 as it was
+    noted when the file was uploaded and verified.
+    """
+    bucket, _, prefix = url.removeprefix(S3).partition("/")
+    digest = prefix.rpartition("/")[2]
+    name = MANIFEST
+    try:
+        files = json.loads(client.get_object(Bucket=bucket, Key=f"{prefix}/{MANIFEST}")["Body"].read())["files"]
+        lines = (f"{entry['sha256']} {entry['size']} {name}\n" for name, entry in sorted(files.items()))
+        if hashlib.sha256("".join(lines).encode()).hexdigest() != digest:
+            raise _damaged(url, f"{MANIFEST} is that of another model")
+        name = COMPLETE
+        client.head_object(Bucket=bucket, Key=f"{prefix}/{COMPLETE}")
+        for name, entry in files.items():
+            head = client.head_object(Bucket=bucket, Key=f"{prefix}/{name}")
+            if (head["ContentLength"], head["Metadata"].get("sha256")) != (entry["size"], entry["sha256"]):
+                raise _damaged(url, f"{name} is not what was promoted")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(url, f"{MANIFEST} is not whole") from error
+    except CopyError:
+        raise
+    except Exception as error:
+        raise _explain(url, name, field, error) from error
+
+
+def _damaged(url: str, problem: str) -> CopyError:
+    hint = "Write inference.loadFrom: Workspace, or copy the model from /workspace/output there again."
+    return CopyError(
+        "PromotionInvalid", f"{url} is no whole copy of the promoted model: {problem}", EXIT_NO_INPUT, hint
+    )
+
+
+def _explain(url: str, name: str, field: str, error: Exception) -> CopyError:
+    status = getattr(error, "response", {}).get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    said = str(error).splitlines()[0][:MAX_CAUSE]
+    if status == 404:
+        return _damaged(url, f"{name} is missing")
+    if status in (401, 403) or "redentials" in type(error).__name__:
+        hint = (
+            f"Name a Secret with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in {field}.secretRef, or give the pod's "
+            "service account the right to it."
+        )
+        message = f"{field}.destination: access to {url} was refused: {said}"
+        return CopyError("CredentialsRefused", message, EXIT_NO_PERMISSION, hint)
+    hint = f"Check AWS_ENDPOINT_URL_S3 and AWS_REGION in {field}.secretRef, and that pods may reach it."
+    message = f"{field}.destination: {url} did not answer: {said}"
+    return CopyError("SourceUnavailable", message, EXIT_UNAVAILABLE, hint)
+
+
+def choose_variables(environ: Mapping[str, str], prefix: str) -> dict[str, str]:
+    """Return the variables with which boto3 and vLLM's streamer find the bucket that a Secret with a prefix is for."""
+    found = {name: environ.get(prefix + name) or environ.get(name, "") for name in S3_VARIABLES}
+    found = {name: value for name, value in found.items() if value}
+    if "-----BEGIN" in found.get("AWS_CA_BUNDLE", ""):
+        with tempfile.NamedTemporaryFile("w", suffix=".crt", delete=False) as file:
+            file.write(found["AWS_CA_BUNDLE"])
+        found["AWS_CA_BUNDLE"] = file.name
+    endpoint = found.get("AWS_ENDPOINT_URL_S3")
+    if endpoint:
+        # Servers other than AWS's own have seldom a host name for each bucket.
+        found |= {"AWS_ENDPOINT_URL": endpoint, "RUNAI_STREAMER_S3_USE_VIRTUAL_ADDRESSING": "0"}
+        found.setdefault("AWS_REGION", "us-east-1")
+    if "AWS_REGION" in found:
+        found["AWS_DEFAULT_REGION"] = found["AWS_REGION"]
+    return found
 
 
 def find_cause(lines: Iterable[str]) -> str:
@@ -126,10 +220,23 @@ def report(reason: str, message: str, code: int, hint: str) -> None:
 def main() -> int:
     """Look at the model, then run the server."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--promoted", type=pathlib.Path, help="folder of the promoted model that must be whole")
+    parser.add_argument("--promoted", default="", help="folder of the promoted model, or URL of its copy, to be whole")
+    parser.add_argument("--field", default="spec.promotion.destinations[0]", help="where the job names the copy")
+    parser.add_argument("--secret-prefix", default="", help="of the variables with the credentials for the copy")
     parser.add_argument("command", nargs="+")
     args = parser.parse_args()
-    damage = find_damage(args.promoted) if args.promoted else ""
+    if args.promoted.startswith(S3):
+        os.environ.update(choose_variables(os.environ, args.secret_prefix))
+        import boto3
+
+        try:
+            check_copy(args.promoted, args.field, boto3.client("s3"))
+        except CopyError as error:
+            reason, message, code, hint = error.details
+            report(reason, message, code, hint)
+            return code
+        return run(args.command)
+    damage = find_damage(pathlib.Path(args.promoted)) if args.promoted else ""
     if damage:
         report("PromotionInvalid", damage, EXIT_NO_INPUT, "Promote again; if the folder is damaged, remove it first.")
         return EXIT_NO_INPUT

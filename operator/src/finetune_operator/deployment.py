@@ -62,7 +62,7 @@ KEPT_VERSIONS = 3
 """Versions without pods that an endpoint keeps to go back to."""
 _EXPLAIN_ONE_NODE = (
     "; the workspace is ReadWriteOnce: every replica and every new version runs on the node that holds it: write fewer "
-    "inference.replicas, or use a workspace with accessMode: ReadWriteMany"
+    "inference.replicas, set inference.loadFrom: S3, or use a workspace with accessMode: ReadWriteMany"
 )
 
 

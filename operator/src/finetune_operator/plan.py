@@ -22,7 +22,7 @@ from .api.v1alpha1 import Autoscaling, FailureRule, FineTuneJob, FineTuneJobSpec
 from .conditions import Reason
 from .errors import InvalidJobError
 from .pods import PodPlan, resolve_pod
-from .runs import resolve_run, resolve_secrets, resolve_tracking
+from .runs import resolve_run, resolve_secrets, resolve_serving, resolve_tracking
 from .settings import Proxies, Settings
 from .sizing import to_number
 
@@ -99,6 +99,13 @@ class ServingPlan:
     """None: there are always `replicas`."""
     api_key_secret: str
     """Secret with the key that requests must carry; empty: none is asked for."""
+    config: ServingConfig
+    """What its servers are told."""
+
+    @property
+    def is_from_copy(self) -> bool:
+        """Its servers read the model from object storage, and mount no workspace."""
+        return bool(self.config.source)
 
     @property
     def least_replicas(self) -> int:
@@ -174,14 +181,15 @@ def make_plan(job: FineTuneJob, settings: Settings, frozen: str = "") -> Plan:
     if kept:
         run = _keep_identity(run, kept["run"])
     _refuse_what_is_not_allowed(spec, run, settings)
-    serving = _resolve_serving(spec)
     names = naming.make_names(meta.name, spec.inference.endpoint or "", spec.workspace.existing_claim or "")
+    serving = _resolve_serving(spec, names.endpoint)
     return Plan(
         namespace=meta.namespace,
         name=meta.name,
         uid=meta.uid,
         generation=meta.generation,
         names=names,
+        # Where servers read the model from is no matter of the other phases, whose pods it must not change.
         run=dataclasses.replace(run, serving=ServingConfig(model_name=names.endpoint)),
         pods=_resolve_pods(spec, settings, images, serving),
         env_from=resolve_secrets(spec),
@@ -256,7 +264,7 @@ def _renew_secret(old: Source, sources: tuple[Source, ...]) -> Source:
     return old
 
 
-def _resolve_serving(spec: FineTuneJobSpec) -> ServingPlan:
+def _resolve_serving(spec: FineTuneJobSpec, endpoint: str) -> ServingPlan:
     inference = spec.inference
     has_gpus = spec.resources.gpus_per_node > 0
     runtime = inference.runtime or ("vllm" if (inference.gpus_per_replica or has_gpus) else "transformers")
@@ -270,6 +278,7 @@ def _resolve_serving(spec: FineTuneJobSpec) -> ServingPlan:
         is_retained=inference.on_delete == "Retain",
         autoscaling=_resolve_autoscaling(inference.autoscaling, runtime),
         api_key_secret=inference.api_key_secret_ref.name if inference.api_key_secret_ref else "",
+        config=resolve_serving(spec, endpoint),
     )
 
 

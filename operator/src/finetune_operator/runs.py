@@ -26,6 +26,7 @@ from finetune_contract.run_config import (
     PromotionConfig,
     QualityConfig,
     RunConfig,
+    ServingConfig,
     Source,
     Topology,
 )
@@ -34,7 +35,7 @@ from . import recipes
 from .api.adapters import Composition
 from .api.inputs import DatasetFilter, DatasetJudge
 from .api.outputs import Evaluation, Gate, Inference
-from .api.v1alpha1 import FineTuneJob, FineTuneJobSpec
+from .api.v1alpha1 import FineTuneJob, FineTuneJobSpec, find_copy_to_serve
 from .settings import Settings
 
 
@@ -221,7 +222,8 @@ def resolve_secrets(spec: FineTuneJobSpec) -> dict[Phase, tuple[Mapping[str, Any
     models = (entry(each, f"EVALUATION_{index}") for index, each in enumerate(spec.evaluation.models))
     evaluated = tuple(found for group in models for found in group)
     tasks = entry(spec.evaluation, "TASKS")
-    destinations = (entry(each, f"DESTINATION_{index}") for index, each in enumerate(spec.promotion.destinations))
+    destinations = [entry(each, f"DESTINATION_{index}") for index, each in enumerate(spec.promotion.destinations)]
+    served = find_copy_to_serve(spec) if spec.inference.load_from == "S3" else None
     adapters = (entry(each, f"ADAPTER_{index}") for index, each in enumerate(spec.inference.adapters))
     mirror = entry(spec.checkpoint.mirror, "MIRROR") if spec.checkpoint.mirror else ()
     tracking = spec.training.tracking
@@ -237,8 +239,22 @@ def resolve_secrets(spec: FineTuneJobSpec) -> dict[Phase, tuple[Mapping[str, Any
         Phase.EVALUATE: (*model, *evaluated, *tasks),
         Phase.PUBLISH: tuple(found for group in destinations for found in group),
         Phase.COMPOSE: (*(found for group in adapters for found in group), *tasks),
-        Phase.SERVE: (),
+        Phase.SERVE: () if served is None else destinations[served],
     }
+
+
+def resolve_serving(spec: FineTuneJobSpec, name: str) -> ServingConfig:
+    """Return what servers are told: the model's name, and where it is, if that is not the workspace."""
+    index = find_copy_to_serve(spec) if spec.inference.load_from == "S3" else None
+    if index is None:
+        return ServingConfig(model_name=name)
+    copy = spec.promotion.destinations[index]
+    return ServingConfig(
+        model_name=name,
+        source=copy.destination.rstrip("/"),
+        source_field=f"spec.promotion.destinations[{index}]",
+        secret_prefix=_prefix(copy, f"DESTINATION_{index}"),
+    )
 
 
 def resolve_tracking(spec: FineTuneJobSpec) -> tuple[Mapping[str, Any], ...]:

@@ -49,7 +49,12 @@ def choose_target(view: View) -> Target:
 
 
 def is_on_one_node(view: View) -> bool:
-    """Can only one node mount the workspace? What the claim says counts; before there is one, what it is to be."""
+    """Must its servers share a node, because only one can mount the workspace?
+
+    What the claim says counts; before there is one, what it is to be.
+    """
+    if view.plan.serving.is_from_copy:
+        return False
     claim = view.observed.claim
     modes = claim.access_modes if claim is not None and claim.access_modes else (view.plan.workspace.access_mode,)
     return not {"ReadWriteMany", "ReadOnlyMany"} & set(modes)
@@ -57,7 +62,9 @@ def is_on_one_node(view: View) -> bool:
 
 def _is_elsewhere(view: View, version: Version) -> bool:
     workspace = view.plan.workspace
-    return version.label != naming.FIRST_VERSION and version.workspace != (workspace.claim, workspace.sub_path)
+    # One that mounts none reads a copy in object storage: any job with that destination can build its like.
+    is_mounted = version.label != naming.FIRST_VERSION and bool(version.workspace[0])
+    return is_mounted and version.workspace != (workspace.claim, workspace.sub_path)
 
 
 def is_holder(observed: Observed, uid: str) -> bool:

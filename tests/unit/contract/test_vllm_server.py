@@ -1,6 +1,6 @@
 """What a pod tells of vLLM when it fails, from output as the real one writes it, and what is refused before it starts.
 
-Real runs of vLLM are in tests/trainer/test_vllm.py; here are the errors that only a GPU brings.
+Real runs of vLLM are in tests/vllm; here are the errors that only a GPU brings.
 """
 
 from __future__ import annotations

@@ -7,11 +7,14 @@ import json
 
 import pytest
 
+from finetune_contract.reports import Phase
 from finetune_contract.run_config import RunConfig
 from finetune_contract.smoke_prompt import EXIT_NO_ANSWER, EXIT_REFUSED
+from finetune_operator import naming
 from finetune_operator.deployment import KEPT_VERSIONS, PROVING_SECONDS, next_deletion_step
 from finetune_operator.lifecycle import next_step
 from finetune_operator.manifests.inference import build_served, build_smoke_job
+from finetune_operator.manifests.run_config import build_run_config
 from finetune_operator.observed import Claim, Endpoint, Job, PodCondition, Version
 from finetune_operator.policies.serving import explain_crash
 from finetune_operator.record import Terminal, to_text
@@ -339,6 +342,8 @@ def test_a_deleted_job_takes_its_candidate_and_leaves_what_answers():
         ({"inference": {"pod": {"resources": {"limits": {"memory": "4Gi"}}}}}, True),
         ({"inference": {"runtime": "transformers"}}, True),
         ({"inference": {"version": "older"}}, True),
+        ({"inference": {"loadFrom": "S3"}, "promotion": {"destinations": [{"destination": "s3://a/b"}]}}, True),
+        ({"promotion": {"destinations": [{"destination": "s3://a/b"}]}}, False),
         ({"inference": {"replicas": 3}}, False),
         ({"evaluation": {"gates": [{"task": "holdout", "metric": "loss", "min": 1}]}}, False),
         ({"ttlSecondsAfterFinished": 5}, False),
@@ -365,6 +370,61 @@ def test_serving_pods_accept_requests_and_ask_nobody():
     assert (policy["egress"], policy["policyTypes"]) == ([], ["Ingress", "Egress"])
     labels = find(PLAN, "Deployment")["spec"]["template"]["metadata"]["labels"]
     assert policy["podSelector"]["matchLabels"].items() <= labels.items()
+
+
+def make_plan_from_s3(runtime="vllm", **inference):
+    destinations = [
+        {"destination": "hf://org/model"},
+        {"destination": "s3://models/support/", "secretRef": {"name": "bucket"}},
+    ]
+    chosen = {"loadFrom": "S3", "runtime": runtime, **inference}
+    return make_test_plan(inference=chosen, promotion={"destinations": destinations})
+
+
+@pytest.mark.parametrize("runtime", ["vllm", "transformers"])
+def test_servers_that_read_a_copy_need_no_volume_and_run_anywhere(runtime):
+    plan = make_plan_from_s3(runtime)
+    template = find(plan, "Deployment")["spec"]["template"]
+    pod, (server,) = template["spec"], template["spec"]["containers"]
+    assert not [each for each in pod["volumes"] if "persistentVolumeClaim" in each]
+    assert not [each for each in server["volumeMounts"] if each["mountPath"] == "/workspace"]
+    assert server["envFrom"] == [{"prefix": "FINETUNE_DESTINATION_1_", "secretRef": {"name": "bucket"}}]
+    assert naming.LABEL_WORKSPACE not in template["metadata"]["labels"], "others need not be beside it"
+    assert find(plan, "NetworkPolicy")["spec"]["egress"] == [{}], "where the bucket is, only the Secret knows"
+    if runtime == "vllm":
+        folder = "s3://models/support/abc123"
+        assert server["args"][:6] == [
+            *(f"--promoted={folder}", "--field=spec.promotion.destinations[1]"),
+            *("--secret-prefix=FINETUNE_DESTINATION_1_", "--", "vllm", "serve"),
+        ]
+        assert server["args"][6] == folder
+        assert "--load-format=runai_streamer" in server["args"]
+    else:
+        run = RunConfig.from_json(find(plan, "ConfigMap")["data"]["run.json"])
+        assert (run.serving.source, run.promotion.digest) == ("s3://models/support", "abc123")
+
+
+def test_what_reads_the_copy_is_no_matter_of_the_other_phases():
+    training = build_run_config(make_plan_from_s3(), RECORD)
+    assert training.serving == build_run_config(PLAN, RECORD).serving
+
+
+def test_a_copy_s_servers_are_not_kept_on_the_node_of_the_volume():
+    plan = make_plan_from_s3()
+    record = RECORD.with_phase(Phase.PUBLISH, {"destinations": ["hf://org/model", "s3://models/support/abc123"]})
+    world = make_observed(plan, record, has_finalizer=True, endpoint=make_endpoint(OTHER), versions=(OTHER,))
+    step = next_step(plan, world, LATER)
+    (deployment,) = [each for each in step.objects if each["kind"] == "Deployment"]
+    assert "podAffinity" not in deployment["spec"]["template"]["spec"].get("affinity", {})
+
+
+def test_going_back_from_s3_to_the_workspace_builds_the_version_anew():
+    plan = make_test_plan(inference={"version": "older"})
+    copied = dataclasses.replace(OTHER, workspace=("", ""), replicas=0, job=PLAN.name, job_uid=UID)
+    mine = make_version()
+    step = look(plan, finished=True, endpoint=make_endpoint(mine), versions=(mine, copied))
+    (deployment,) = [each for each in step.objects if each["kind"] == "Deployment"]
+    assert deployment["metadata"]["name"] != copied.name
 
 
 def test_one_replica_may_be_evicted_and_one_of_several_at_a_time():
@@ -424,7 +484,13 @@ def test_replicas_beyond_the_node_of_the_volume_are_told_the_way_out():
     world["jobs"] = (make_smoke_job(version.label),)
     step = look(**world, now=NOW + seconds(3600))
     assert step.situation.reason == "Unschedulable"
-    for told in ("0/3 nodes", "accessMode: ReadWriteMany", "inference.replicas", "still answers"):
+    for told in (
+        "0/3 nodes",
+        "accessMode: ReadWriteMany",
+        "inference.loadFrom: S3",
+        "inference.replicas",
+        "still answers",
+    ):
         assert told in step.situation.message
     shared = Claim(
         PLAN.workspace.claim, uid="claim", phase="Bound", capacity_bytes=2**40, access_modes=("ReadWriteMany",)

@@ -243,10 +243,19 @@ class Inference(Model):
     evaluation.pod, and served when the composition passes evaluation.gates; what is served until then stays."""
     composition: Composition | None = None
     """How several adapters become one; by default exactly."""
+    load_from: Literal["Workspace", "S3"] = "Workspace"
+    """Workspace: the servers mount the job's volume. S3: they read the model's copy below the first s3:// URL of
+    promotion.destinations, need no volume, and run on any node."""
     pod: PodTemplate | None = None
     """Settings of the endpoint's pods, merged over spec.pod."""
 
     validations = (
+        Rule(
+            "self.loadFrom != 'S3' || !has(self.adapters) || size(self.adapters) == 0",
+            "a composition of adapters lies on the workspace: write loadFrom: Workspace, or leave adapters out",
+            lambda inference: inference.load_from != "S3" or not inference.adapters,
+            field="loadFrom",
+        ),
         Rule(
             "!has(self.runtime) || self.runtime != 'vllm' || !has(self.gpusPerReplica) || self.gpusPerReplica > 0",
             "vllm needs GPUs: set gpusPerReplica to at least 1, or runtime: transformers",

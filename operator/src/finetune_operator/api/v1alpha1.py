@@ -82,7 +82,7 @@ def _has_gpus_for_fp16(spec: FineTuneJobSpec) -> bool:
 
 def _keeps_workspace_for_endpoint(spec: FineTuneJobSpec) -> bool:
     retention = spec.workspace.retention_policy
-    if not spec.inference.enabled:
+    if not spec.inference.enabled or spec.inference.load_from == "S3":
         return True
     keeps_after_delete = spec.inference.on_delete == "Delete" or retention.when_deleted == "Retain"
     return retention.when_finished == "Retain" and keeps_after_delete
@@ -104,6 +104,13 @@ def _can_measure_adapters(spec: FineTuneJobSpec) -> bool:
 
 def _has_adapter_to_publish(spec: FineTuneJobSpec) -> bool:
     return spec.training.method == "lora" or all(each.content == "Model" for each in spec.promotion.destinations)
+
+
+def find_copy_to_serve(spec: FineTuneJobSpec) -> int | None:
+    """Return which of the destinations servers can load the model from, or None."""
+    listed = enumerate(spec.promotion.destinations)
+    copies = (index for index, each in listed if each.content == "Model" and each.destination.startswith("s3://"))
+    return next(copies, None)
 
 
 class FineTuneJobSpec(Model):
@@ -160,10 +167,11 @@ class FineTuneJobSpec(Model):
             field="training.precision",
         ),
         Rule(
-            "!self.inference.enabled || (self.workspace.retentionPolicy.whenFinished == 'Retain'"
+            "!self.inference.enabled || self.inference.loadFrom == 'S3'"
+            " || (self.workspace.retentionPolicy.whenFinished == 'Retain'"
             " && (self.inference.onDelete == 'Delete' || self.workspace.retentionPolicy.whenDeleted == 'Retain'))",
             "the endpoint serves from the workspace: set whenFinished: Retain (and whenDeleted: Retain with onDelete:"
-            " Retain), or inference.enabled: false",
+            " Retain), inference.loadFrom: S3, or inference.enabled: false",
             _keeps_workspace_for_endpoint,
             field="workspace.retentionPolicy",
         ),
@@ -196,6 +204,14 @@ class FineTuneJobSpec(Model):
             "with training.method: full there is no adapter to publish: write content: Model, or training.method: lora",
             _has_adapter_to_publish,
             field="promotion.destinations",
+        ),
+        Rule(
+            "self.inference.loadFrom != 'S3' || (has(self.promotion.destinations)"
+            " && self.promotion.destinations.exists(each, each.content == 'Model' && each.destination.startsWith('s3://')))",
+            "loadFrom: S3 needs a copy of the model there: add one with destination: s3://BUCKET/PREFIX to "
+            "promotion.destinations",
+            lambda spec: spec.inference.load_from != "S3" or find_copy_to_serve(spec) is not None,
+            field="inference.loadFrom",
         ),
     )
 

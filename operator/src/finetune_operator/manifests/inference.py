@@ -24,6 +24,7 @@ from finetune_contract.run_config import (
     DatasetConfig,
     PromotionConfig,
     RunConfig,
+    ServingConfig,
     Source,
 )
 from finetune_contract.workspace import Workspace
@@ -71,7 +72,7 @@ def choose_start_seconds(plan: Plan, record: Record) -> int:
 def build_served(plan: Plan, record: Record, *, is_on_one_node: bool = False) -> Served:
     """Return the version that the plan asks for. `is_on_one_node`: no second node can mount the workspace."""
     digest = serving_version(plan, record)
-    run = _prune(_reduce(build_run_config(plan, record), digest))
+    run = _prune(_reduce(build_run_config(plan, record), digest, plan.serving.config))
     start_seconds = choose_start_seconds(plan, record)
     pod = _build_pod(plan, _list_vllm_args(plan, record, digest), start_seconds, is_on_one_node=is_on_one_node)
     settings = plan.pods[Phase.SERVE]
@@ -95,7 +96,7 @@ def build_served(plan: Plan, record: Record, *, is_on_one_node: bool = False) ->
     return dataclasses.replace(served, objects=(*objects, *build_companions(plan, label, digest)))
 
 
-def _reduce(run: RunConfig, digest: str) -> RunConfig:
+def _reduce(run: RunConfig, digest: str, serving: ServingConfig) -> RunConfig:
     """Keep what a server reads: another gate or retention makes no other version."""
     model, profile = split_version(digest)
     return RunConfig(
@@ -106,7 +107,7 @@ def _reduce(run: RunConfig, digest: str) -> RunConfig:
         trust_remote_code=run.trust_remote_code,
         promotion=PromotionConfig(digest=model),
         composition=CompositionConfig(digest=profile),
-        serving=run.serving,
+        serving=serving,
     )
 
 
@@ -145,7 +146,8 @@ def _metadata(plan: Plan, served: Served) -> dict[str, Any]:
 def _build_deployment(plan: Plan, served: Served, pod: dict[str, Any], start_seconds: int) -> dict[str, Any]:
     settings = plan.pods[Phase.SERVE]
     selected = _select(plan, served.label)
-    labels = {**settings.labels, **build_labels(plan, Phase.SERVE), **selected, **_label_workspace(plan)}
+    workspace = {} if plan.serving.is_from_copy else _label_workspace(plan)
+    labels = {**settings.labels, **build_labels(plan, Phase.SERVE), **selected, **workspace}
     # With an autoscaler the number is its own: applied here, it would be set back on every pass.
     replicas, metadata = {"replicas": plan.serving.replicas}, _metadata(plan, served)
     if plan.serving.autoscaling is not None:
@@ -179,11 +181,15 @@ def _list_vllm_args(plan: Plan, record: Record, version: str) -> list[str]:
     """Return how vLLM is started. A version's name in requests is the endpoint's, with adapters or without."""
     model, profile = split_version(version)
     name, workspace = plan.names.endpoint, Workspace()
-    promoted = str(workspace.promoted_model(model))
+    copy = plan.serving.config
+    promoted = f"{copy.source}/{model}" if copy.source else str(workspace.promoted_model(model))
     common = [f"--port={PORT}", f"--tensor-parallel-size={max(1, plan.serving.gpus)}"]
     if plan.run.trust_remote_code:
         common.append("--trust-remote-code")
-    start = [f"--promoted={promoted}", "--", "vllm", "serve"]
+    if copy.source:
+        common.append("--load-format=runai_streamer")
+    field = [f"--field={copy.source_field}", f"--secret-prefix={copy.secret_prefix}"] if copy.source else []
+    start = [f"--promoted={promoted}", *field, "--", "vllm", "serve"]
     if not profile:
         return [*start, promoted, f"--served-model-name={name}", *common]
     composed = find_served(record, version)
@@ -209,6 +215,7 @@ def _build_pod(plan: Plan, vllm_args: list[str], start_seconds: int, *, is_on_on
         gpus=plan.serving.gpus,
         requests=dict(plan.preparation_resources.get("requests", {})),
         env=_build_keys(plan),
+        has_workspace=not plan.serving.is_from_copy,
         is_workspace_read_only=True,
     )
     spec = build_pod_spec(plan, container)
@@ -264,8 +271,9 @@ def build_companions(plan: Plan, label: str, digest: str) -> tuple[dict[str, Any
         "podSelector": {"matchLabels": _select(plan, label)},
         "policyTypes": ["Ingress", "Egress"],
         "ingress": [{"ports": [{"port": PORT, "protocol": "TCP"}]}],
-        # The model is on the workspace, which the node mounts: a server has nothing to ask of anybody.
-        "egress": [],
+        # A model on the workspace is there when the node has mounted it: such a server has nothing to ask of anybody.
+        # Where a bucket is, and who gives credentials for it, is known to the Secret and the cluster only.
+        "egress": [{}] if plan.serving.is_from_copy else [],
     }
     objects = [
         _build_companion(plan, served, "v1", "Service", service),

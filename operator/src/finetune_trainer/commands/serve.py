@@ -13,7 +13,11 @@ from finetune_contract.run_config import BASE_SUFFIX, RunConfig
 from finetune_trainer.commands import plain
 from finetune_trainer.errors import StopRequested, TrainerError
 from finetune_trainer.promotion import promoted
+from finetune_trainer.promotion.copied import fetch_copy
 from finetune_trainer.reporting import emit
+
+DOWNLOADS = pathlib.Path("/tmp/models")
+"""Where a model is put that is read from object storage; in a pod it lives as long as that."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,7 +82,7 @@ def _choose(args: argparse.Namespace) -> _Served:
         raise TrainerError(Reason.INVALID_CONFIG, ExitCode.USAGE, "--adapter without --promoted", "Add --promoted DIR.")
     settings: RunConfig = plain.load_settings(args)
     # Before anything is imported that takes seconds: a folder that is damaged is told of at once.
-    folder = promoted.find_promoted(settings)
+    folder = fetch_copy(settings, DOWNLOADS) if settings.serving.source else promoted.find_promoted(settings)
     model, adapter_folder = folder, None
     if settings.composition.digest:
         from finetune_trainer.adapters.job import find_served

@@ -49,8 +49,11 @@ def write_manifest(folder: pathlib.Path) -> str:
     return digest
 
 
-def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
-    """Read the manifest of a promoted model after checking that every file is there. Raises TrainerError."""
+def read_manifest(folder: pathlib.Path, *, is_whole: bool = True) -> dict[str, Any]:
+    """Read the manifest of a promoted model after checking that every file is there. Raises TrainerError.
+
+    With `is_whole` false the files are yet to come.
+    """
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         files = {name: FileEntry(**entry) for name, entry in manifest["files"].items()}
@@ -58,7 +61,7 @@ def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
         raise _invalid(folder, f"{MANIFEST} is missing or not whole") from error
     if make_digest(files) != manifest.get("digest"):
         raise _invalid(folder, f"{MANIFEST} does not match its own digest")
-    for name, entry in files.items():
+    for name, entry in files.items() if is_whole else ():
         path = folder / name
         if not path.is_file() or path.stat().st_size != entry.size:
             raise _invalid(folder, f"{name} is missing or has another size")
