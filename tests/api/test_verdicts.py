@@ -32,7 +32,7 @@ def test_defaults_show_in_the_stored_object(crd, namespace):
     assert spec["checkpoint"]["retention"]["latest"] == 3
     assert spec["dataset"]["filter"] == {"refusals": True, "rules": "default"}
     assert spec["training"] == {"recipe": "efficient", "method": "full", "seed": 42, "deepspeed": {"offload": "none"}}
-    assert spec["inference"] == {"enabled": True, "onDelete": "Delete", "replicas": 1}
+    assert spec["inference"] == {"enabled": True, "onDelete": "Delete", "replicas": 1, "loadFrom": "Workspace"}
 
 
 def test_kubectl_explain_teaches_the_field(crd):
