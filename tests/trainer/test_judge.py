@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import pathlib
@@ -197,6 +198,23 @@ def test_equal_seeds_train_equal_judges_and_frozen_layers_stay(judges, tmp_path)
     assert not any(name.startswith("bert.encoder.layer.0.") or "word_embeddings" in name for name in differ)
     assert all(weights["one"][name].equal(weights["same"][name]) for name in base)
     assert not weights["one"]["classifier.weight"].equal(weights["other"]["classifier.weight"])
+
+
+def test_a_training_that_dies_while_it_writes_leaves_no_half_a_judge(judges, tmp_path, monkeypatch):
+    data, out = write_labelled(tmp_path / "labelled.jsonl"), tmp_path / "judge"
+    how = ("--data", data, "--base", judges["bert"], "--out", out, "--epochs", 1)
+
+    def die(self, folder):
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_text("{}")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("finetune_trainer.classifier.Classifier.save", die)
+        assert run_judge(*how) != 0
+    assert not out.exists()
+    assert run_judge(*how) == 0
+    assert load_classifier(out).score(["bread"])
 
 
 def test_a_base_that_is_no_model_is_refused(judges, tmp_path, caplog):

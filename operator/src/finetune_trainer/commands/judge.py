@@ -51,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
     """Train, test on the rows held back, write folder and card."""
     from finetune_trainer.data.labelled import read_labelled
     from finetune_trainer.judge_training import JudgeTraining, train_judge
+    from finetune_trainer.weight_diff.files import fresh_folder
 
     _check(args)
     given = {name: getattr(args, name) for name in ("epochs", "learning_rate", "max_length", "frozen_layers")}
@@ -64,9 +65,10 @@ def run(args: argparse.Namespace) -> int:
         )
     judge = train_judge(trained, args.base, how)
     removed = [score >= _THRESHOLD for score in judge.score([row.text for row in tested])]
-    judge.save(args.out)
     card = build_card(args, how, trained, list(zip(tested, removed, strict=True)))
-    (args.out / CARD).write_text(card, encoding="utf-8")
+    with fresh_folder(args.out) as folder:
+        judge.save(folder)
+        (folder / CARD).write_text(card, encoding="utf-8")
     print(card)
     return ExitCode.OK
 
@@ -82,7 +84,7 @@ def _check(args: argparse.Namespace) -> None:
             raise _refuse(f"--{name.replace('_', '-')} {value}: out of range", f"Write {least} or more.")
     if args.learning_rate is not None and not 0 < args.learning_rate < 1:
         raise _refuse(f"--learning-rate {args.learning_rate}: out of range", "Write more than 0, and less than 1.")
-    if args.out.is_file() or (args.out.is_dir() and any(args.out.iterdir())):
+    if args.out.exists():
         raise _refuse(f"--out {args.out} is there already", "Name a new folder.")
 
 
