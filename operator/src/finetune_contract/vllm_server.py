@@ -52,6 +52,7 @@ _PROCESS = re.compile(r"(?:\x1b\[[\d;]*m)*(?:\([^()]* pid=\d+\))?(?:\x1b\[[\d;]*
 """What vLLM writes before a line: the process, and of a log record its level, time and place."""
 _ERROR = re.compile(r"(?:[A-Za-z_]\w*\.)*[A-Za-z_]\w*(?:Error|Exception)(?::.*)?$|vllm serve: error: .*")
 _NO_CAUSE = re.compile(r"Engine core initialization failed|EngineDeadError|WorkerProc initialization failed")
+_NO_DEVICE = re.compile(r"Failed to infer device type|No CUDA GPUs are available")
 _OUT_OF_MEMORY = re.compile(r"out of memory|No available memory for the cache|KV cache|Free memory on device")
 
 
@@ -166,6 +167,10 @@ def advise(cause: str) -> str:
     """Return what to do about a cause; empty when nothing is known."""
     if _OUT_OF_MEMORY.search(cause):
         return "Its GPUs have too little memory: write a larger inference.gpusPerReplica."
+    if _NO_DEVICE.search(cause):
+        return (
+            "Its container sees no GPU: check the node's driver, container runtime and device plugin with nvidia-smi."
+        )
     return ""
 
 

@@ -76,6 +76,11 @@ def print_and_exit(text, code):
             "inference.gpusPerReplica",
         ),
         (
+            "RuntimeError: Failed to infer device type, please set VLLM_LOGGING_LEVEL=DEBUG\n",
+            "RuntimeError: Failed to infer device type, please set VLLM_LOGGING_LEVEL=DEBUG",
+            "device plugin",
+        ),
+        (
             tell("Worker", "safetensors._safetensors_rust.SafetensorError: Error while deserializing header"),
             "SafetensorError: Error while deserializing header",
             "",
