@@ -1,4 +1,4 @@
-"""Run rungs of the test ladder in order, each with the interpreter it needs; `make test` and its parts call this.
+"""Run rungs of the test ladder, each with the interpreter it needs; `make test` and its parts call this.
 
 A rung that fails does not stop the next: one run shows all that is broken. Exits non-zero if any failed.
 """
@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from typing import IO
+from typing import IO, Any
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 LIGHT = REPOSITORY / ".venv" / "bin" / "python"
@@ -28,8 +28,9 @@ RUNGS = {
     "vllm": (TRAINER,),
     "gpu": (TRAINER,),
 }
-BESIDE = {"trainer": "api", "vllm": "cluster"}
-"""Rungs that run beside another, which waits most of the time for an API server or for pods: these want the cores."""
+LANES = (("chart", "api", "cluster"), ("unit", "trainer", "vllm", "gpu"))
+"""Rungs of a lane run one after another, and the lanes side by side: the first waits most of the time, for an API
+server or for pods; the second wants the cores."""
 
 
 def main(names: list[str]) -> int:
@@ -39,38 +40,44 @@ def main(names: list[str]) -> int:
         print(f"name rungs among {', '.join(RUNGS)}; unknown: {', '.join(unknown) or 'none given'}", file=sys.stderr)
         return 2
     was_up = _is_cluster_up()
-    verdicts: dict[str, str] = {}
-    for together in _list_rounds(names):
-        verdicts |= _run_round(together)
+    verdicts = _run_lanes([lane for lane in ([each for each in lane if each in names] for lane in LANES) if lane])
     if "cluster" in names and not was_up:
         subprocess.run((sys.executable, "tests/cluster/cluster.py", "down"), cwd=REPOSITORY, check=False)
     print("\n" + "\n".join(f"{name:<8} {verdicts[name]}" for name in names), flush=True)
     return int(any("FAILED" in verdict for verdict in verdicts.values()))
 
 
-def _list_rounds(names: list[str]) -> list[list[str]]:
-    """Return the rungs that run at once, in the order in which their output is shown."""
-    companions = {name for name in names if BESIDE.get(name) in names}
-    return [
-        [name, *(each for each in names if each in companions and BESIDE[each] == name)]
-        for name in names
-        if name not in companions
-    ]
-
-
-def _run_round(names: list[str]) -> dict[str, str]:
-    """Run these rungs at once: the first one's output is shown as it comes, the others' when it has ended."""
-    first, *others = names
-    beside = "".join(f"; {name} runs beside it, its output follows" for name in others)
-    print(f"\n== {first}{beside} ==", flush=True)
+def _run_lanes(lanes: list[list[str]]) -> dict[str, str]:
+    """Run these lanes at once: the first one's output is shown as it comes, the other's when it has ended."""
+    shown, *others = lanes
+    later = [name for lane in others for name in lane]
     with contextlib.ExitStack() as stack:
-        spools = {name: stack.enter_context(tempfile.NamedTemporaryFile()) for name in others}
+        spools = {name: stack.enter_context(tempfile.NamedTemporaryFile()) for name in later}
+        verdicts: dict[str, concurrent.futures.Future[str]] = {
+            name: concurrent.futures.Future() for name in (*shown, *later)
+        }
         pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor())
-        verdicts = {name: pool.submit(_run, name, spools.get(name)) for name in names}
-        verdicts[first].result()
-        for name in others:
+        for lane in others:
+            pool.submit(_run_lane, lane, spools, verdicts)
+        if later:
+            print(f"\n== {', '.join(later)} run beside these; their output follows ==", flush=True)
+        _run_lane(shown, spools, verdicts)
+        for name in later:
             _follow(name, spools[name].name, verdicts[name])
         return {name: verdict.result() for name, verdict in verdicts.items()}
+
+
+def _run_lane(lane: list[str], spools: dict[str, Any], verdicts: dict[str, concurrent.futures.Future[str]]) -> None:
+    for name in lane:
+        if name not in spools:
+            print(f"\n== {name} ==", flush=True)
+        try:
+            verdict = _run(name, spools.get(name))
+        except OSError as error:
+            verdict = f"FAILED: {error}"
+        if name in spools:
+            print(f"\n== {name} {verdict} ==", flush=True)
+        verdicts[name].set_result(verdict)
 
 
 def _run(name: str, spool: IO[bytes] | None) -> str:
