@@ -219,6 +219,9 @@ class Run:
                 for at, line in self.faults.read_log(pod["metadata"]["name"]):
                     if at > since and wanted in line:
                         return at
+                    if not is_new and f" step={TOTAL_STEPS} of=" in line:
+                        # It went on to its end while the fault lasted.
+                        return since
             return None
 
         cell.next_step_seconds = round(
