@@ -82,32 +82,43 @@ class CopyError(Exception):
         self.details = (reason, message, code, hint)
 
 
-def check_copy(url: str, field: str, client: Any) -> None:
+def check_copy(url: str, field: str) -> None:
     """Compare a promoted model's copy in S3 with the digest that its URL ends with. Raises CopyError.
 
     The manifest must give that digest; each file must be there with the size of the manifest, and its SHA-256 as it was
     noted when the file was uploaded and verified.
     """
+    import boto3
+
     bucket, _, prefix = url.removeprefix(S3).partition("/")
-    digest = prefix.rpartition("/")[2]
     name = MANIFEST
     try:
-        files = json.loads(client.get_object(Bucket=bucket, Key=f"{prefix}/{MANIFEST}")["Body"].read())["files"]
-        lines = (f"{entry['sha256']} {entry['size']} {name}\n" for name, entry in sorted(files.items()))
-        if hashlib.sha256("".join(lines).encode()).hexdigest() != digest:
-            raise _damaged(url, f"{MANIFEST} is that of another model")
+        client = boto3.client("s3")
+        text = client.get_object(Bucket=bucket, Key=f"{prefix}/{MANIFEST}")["Body"].read()
+        files = _read_files(url, text)
         name = COMPLETE
         client.head_object(Bucket=bucket, Key=f"{prefix}/{COMPLETE}")
-        for name, entry in files.items():
+        for name, (size, sha256) in files.items():
             head = client.head_object(Bucket=bucket, Key=f"{prefix}/{name}")
-            if (head["ContentLength"], head["Metadata"].get("sha256")) != (entry["size"], entry["sha256"]):
+            if (head["ContentLength"], head["Metadata"].get("sha256")) != (size, sha256):
                 raise _damaged(url, f"{name} is not what was promoted")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _damaged(url, f"{MANIFEST} is not whole") from error
     except CopyError:
         raise
     except Exception as error:
         raise _explain(url, name, field, error) from error
+
+
+def _read_files(url: str, manifest: bytes) -> dict[str, tuple[int, str]]:
+    """Return size and SHA-256 of each file, of a manifest that gives the digest at the end of the URL."""
+    try:
+        entries = json.loads(manifest)["files"]
+        files = {name: (entry["size"], entry["sha256"]) for name, entry in sorted(entries.items())}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(url, f"{MANIFEST} is not whole") from error
+    lines = (f"{sha256} {size} {name}\n" for name, (size, sha256) in files.items())
+    if hashlib.sha256("".join(lines).encode()).hexdigest() != url.rpartition("/")[2]:
+        raise _damaged(url, f"{MANIFEST} is that of another model")
+    return files
 
 
 def _damaged(url: str, problem: str) -> CopyError:
@@ -232,10 +243,8 @@ def main() -> int:
     args = parser.parse_args()
     if args.promoted.startswith(S3):
         os.environ.update(choose_variables(os.environ, args.secret_prefix))
-        import boto3
-
         try:
-            check_copy(args.promoted, args.field, boto3.client("s3"))
+            check_copy(args.promoted, args.field)
         except CopyError as error:
             reason, message, code, hint = error.details
             report(reason, message, code, hint)

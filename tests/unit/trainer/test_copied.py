@@ -11,13 +11,14 @@ import boto3
 import pytest
 
 from finetune_contract import vllm_server
+from finetune_contract.environment import CREDENTIAL_KEYS
 from finetune_contract.reports import ExitReport
 from finetune_contract.run_config import DatasetConfig, PromotionConfig, RunConfig, ServingConfig, Source
 from finetune_trainer.errors import TrainerError
 from finetune_trainer.promotion import promoted
 from finetune_trainer.promotion.copied import fetch_copy
 from finetune_trainer.storage.access import Access
-from finetune_trainer.storage.publish import list_model_files, publish_folder
+from finetune_trainer.storage.publish import COMPLETE, list_model_files, publish_folder
 
 FIELD, PREFIX = "spec.promotion.destinations[1]", "FINETUNE_DESTINATION_1_"
 DESTINATION = Access(FIELD, "destination", PREFIX, "destination")
@@ -102,6 +103,19 @@ def test_vllm_is_started_with_what_opens_the_bucket(copy, tmp_path):
     assert {name: given[name] for name in plain} == plain
     assert given["AWS_ENDPOINT_URL"] == copy.server.url
     assert given["AWS_DEFAULT_REGION"] == plain["AWS_REGION"]
+
+
+def test_an_endpoint_that_is_no_url_is_told_with_what_to_check(copy, tmp_path):
+    report, _ = copy.start_vllm(tmp_path / "log", **{f"{PREFIX}AWS_ENDPOINT_URL_S3": "minio:9000"})
+    assert report.reason == "SourceUnavailable"
+    assert "minio:9000" in report.message
+    assert f"AWS_ENDPOINT_URL_S3 and AWS_REGION in {FIELD}.secretRef" in report.hint
+
+
+def test_what_a_secret_may_hold_for_s3_reaches_vllm():
+    """The program is mounted into images without our packages, so it has names of its own."""
+    assert set(vllm_server.S3_VARIABLES) == {key for key in CREDENTIAL_KEYS if key.startswith("AWS_")}
+    assert (vllm_server.MANIFEST, vllm_server.COMPLETE) == (promoted.MANIFEST, COMPLETE)
 
 
 def test_a_ca_in_a_secret_becomes_a_file():
