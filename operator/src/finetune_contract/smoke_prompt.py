@@ -67,12 +67,13 @@ def ask(url: str, model: str, max_tokens: int, timeout_seconds: float = ASK_SECO
 
 
 def _open(url: str, data: bytes | None, timeout_seconds: float) -> Any:
-    request = urllib.request.Request(url, data, _headers())  # noqa: S310 - the operator sets the URL, nobody else
+    request = urllib.request.Request(url, data, make_headers())  # noqa: S310 - the operator sets the URL, nobody else
     # The server is inside the cluster: a proxy of the environment cannot reach it.
     return urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=timeout_seconds)
 
 
-def _headers() -> dict[str, str]:
+def make_headers() -> dict[str, str]:
+    """Return the headers of a request with a body of JSON, with the key where the environment has one."""
     key = os.environ.get(API_KEY)
     return {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
 

@@ -223,7 +223,7 @@ def resolve_secrets(spec: FineTuneJobSpec) -> dict[Phase, tuple[Mapping[str, Any
     evaluated = tuple(found for group in models for found in group)
     tasks = entry(spec.evaluation, "TASKS")
     destinations = [entry(each, f"DESTINATION_{index}") for index, each in enumerate(spec.promotion.destinations)]
-    served = find_copy_to_serve(spec) if spec.inference.load_from == "S3" else None
+    served = find_copy_to_serve(spec)
     adapters = (entry(each, f"ADAPTER_{index}") for index, each in enumerate(spec.inference.adapters))
     mirror = entry(spec.checkpoint.mirror, "MIRROR") if spec.checkpoint.mirror else ()
     tracking = spec.training.tracking
@@ -245,7 +245,7 @@ def resolve_secrets(spec: FineTuneJobSpec) -> dict[Phase, tuple[Mapping[str, Any
 
 def resolve_serving(spec: FineTuneJobSpec, name: str) -> ServingConfig:
     """Return what servers are told: the model's name, and where it is, if that is not the workspace."""
-    index = find_copy_to_serve(spec) if spec.inference.load_from == "S3" else None
+    index = find_copy_to_serve(spec)
     if index is None:
         return ServingConfig(model_name=name)
     copy = spec.promotion.destinations[index]

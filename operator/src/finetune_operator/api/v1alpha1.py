@@ -107,7 +107,9 @@ def _has_adapter_to_publish(spec: FineTuneJobSpec) -> bool:
 
 
 def find_copy_to_serve(spec: FineTuneJobSpec) -> int | None:
-    """Return which of the destinations servers can load the model from, or None."""
+    """Return which of the destinations servers load the model from; None: from the workspace, or there is none."""
+    if spec.inference.load_from != "S3":
+        return None
     listed = enumerate(spec.promotion.destinations)
     copies = (index for index, each in listed if each.content == "Model" and each.destination.startswith("s3://"))
     return next(copies, None)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
 import pathlib
 import urllib.error
 import urllib.request
@@ -16,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from finetune_contract.reports import ExitCode, Reason
-from finetune_contract.smoke_prompt import API_KEY
+from finetune_contract.smoke_prompt import API_KEY, make_headers
 from finetune_trainer.errors import TrainerError
 from finetune_trainer.serving.generate import Answer, Encoder, Sampling
 from finetune_trainer.training import modeling
@@ -65,11 +64,9 @@ class ServerModel(Encoder):
         return answers
 
     def _ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        key = os.environ.get(API_KEY)
-        headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
         data = json.dumps(body).encode() if body is not None else None
         try:
-            request = urllib.request.Request(self._url + path, data, headers)  # noqa: S310 - checked by the command
+            request = urllib.request.Request(self._url + path, data, make_headers())  # noqa: S310 - checked by the command
             with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as response:  # noqa: S310
                 return json.load(response)
         except urllib.error.HTTPError as error:
